@@ -1,0 +1,3 @@
+//! The shim binary that containerd runs.
+
+fn main() {}

@@ -1,0 +1,28 @@
+//! Every deadline of the shim, in one table. An error that comes of one says what was awaited.
+
+use std::time::Duration;
+
+/// From QEMU's start to the agent's first connection. Long, for TCG on a busy machine.
+pub const GUEST_BOOT: Duration = Duration::from_secs(60);
+/// A preamble, once a connection is accepted.
+pub const PREAMBLE: Duration = Duration::from_secs(10);
+/// A call of the agent that starts nothing heavy.
+pub const AGENT_CALL: Duration = Duration::from_secs(30);
+/// CreateContainer and StartProcess in the guest.
+pub const AGENT_CREATE: Duration = Duration::from_secs(60);
+/// The guest's side of a stream dials in after it was asked to.
+pub const STREAM_DIAL: Duration = Duration::from_secs(30);
+/// Silence of the guest (events carry a heartbeat each two seconds) after which it counts as hung.
+pub const HEARTBEAT: Duration = Duration::from_secs(30);
+/// Output that is still on its way when a process has exited.
+pub const DRAIN: Duration = Duration::from_secs(10);
+/// One QMP command.
+pub const QMP_COMMAND: Duration = Duration::from_secs(10);
+/// A helper (virtiofsd, vsock) listens after its start.
+pub const HELPER_READY: Duration = Duration::from_secs(20);
+/// The guest powers off by itself after Shutdown; then QEMU is killed.
+pub const GUEST_SHUTDOWN: Duration = Duration::from_secs(5);
+/// A child ends after SIGKILL.
+pub const CHILD_EXIT: Duration = Duration::from_secs(5);
+/// containerd takes one event.
+pub const EVENT_FORWARD: Duration = Duration::from_secs(5);
