@@ -2,8 +2,12 @@
 //!
 //! Modules in reading order; what may use what is in ARCHITECTURE.md.
 
+pub mod annotations;
+pub mod config;
 pub mod error;
+pub mod events;
 pub mod host;
+pub mod sizing;
 pub mod timeouts;
 
 pub mod sys;
