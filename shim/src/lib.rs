@@ -7,7 +7,10 @@ pub mod config;
 pub mod error;
 pub mod events;
 pub mod host;
+pub mod process;
+pub mod seccomp;
 pub mod sizing;
+pub mod tail;
 pub mod timeouts;
 
 pub mod sys;

@@ -1,1 +1,55 @@
 //! The only place of the shim with `unsafe`: system calls that no crate wraps.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// Has `hook` run in the child of `command`, between fork and exec, after the hooks that were given before.
+///
+/// The child is a copy of one thread of a threaded process: `hook` must make system calls only (no allocation, no lock, no log).
+#[expect(unsafe_code, reason = "std has no safe way to run code between fork and exec")]
+pub fn before_exec(command: &mut Command, hook: impl FnMut() -> io::Result<()> + Send + Sync + 'static) {
+    // SAFETY: every caller in this crate keeps to the rule above; `process` is the only one.
+    unsafe { command.pre_exec(hook) };
+}
+
+/// Marks every open file from number `first` on to be closed by exec (`close_range(2)`, Linux 5.11).
+#[expect(unsafe_code, reason = "no crate wraps close_range with this flag")]
+pub fn close_on_exec_from(first: u32) -> io::Result<()> {
+    // SAFETY: takes no pointers, and closes nothing before an exec.
+    let result = unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Lets the runtime tell when `fd` becomes readable.
+#[expect(unsafe_code, reason = "tokio cannot know that a descriptor stays the same while it is registered")]
+pub fn watch(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` is one descriptor from its making to its drop, and the `AsyncFd` owns it.
+    Ok(unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_hook_runs_in_the_child_and_its_error_reaches_the_parent() {
+        let mut command = Command::new("/bin/true");
+        before_exec(&mut command, || Err(io::Error::from_raw_os_error(libc::EDOM)));
+        assert_eq!(command.spawn().expect_err("fails").raw_os_error(), Some(libc::EDOM));
+    }
+
+    #[test]
+    fn files_that_were_inheritable_are_closed_by_exec() {
+        let (reader, _writer) = rustix::pipe::pipe().expect("pipe without close-on-exec");
+        let number = std::os::fd::AsRawFd::as_raw_fd(&reader);
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", &format!("test ! -e /proc/self/fd/{number}")]);
+        before_exec(&mut command, || close_on_exec_from(3));
+        assert!(command.status().expect("runs").success());
+    }
+}

@@ -3,13 +3,13 @@
 use std::time::Duration;
 
 /// From QEMU's start to the agent's first connection. Long, for TCG on a busy machine.
-pub const GUEST_BOOT: Duration = Duration::from_secs(60);
+pub const GUEST_BOOT: Duration = Duration::from_mins(1);
 /// A preamble, once a connection is accepted.
 pub const PREAMBLE: Duration = Duration::from_secs(10);
 /// A call of the agent that starts nothing heavy.
 pub const AGENT_CALL: Duration = Duration::from_secs(30);
-/// CreateContainer and StartProcess in the guest.
-pub const AGENT_CREATE: Duration = Duration::from_secs(60);
+/// `CreateContainer` and `StartProcess` in the guest.
+pub const AGENT_CREATE: Duration = Duration::from_mins(1);
 /// The guest's side of a stream dials in after it was asked to.
 pub const STREAM_DIAL: Duration = Duration::from_secs(30);
 /// Silence of the guest (events carry a heartbeat each two seconds) after which it counts as hung.

@@ -1,0 +1,732 @@
+//! A supervised child of the shim: QEMU, virtiofsd, the vsock helper.
+//!
+//! It is born confined (user, capabilities, namespaces, limits, system-call filter, cgroups; all set between fork and exec),
+//! gets its files by number, dies with the shim, and its end is seen at once. What the program is for, its user knows.
+//!
+//! See capabilities(7), credentials(7), `pidfd_open(2)`, prctl(2) `PR_SET_PDEATHSIG`.
+
+use std::ffi::{CString, OsString};
+use std::fmt;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+
+use anyhow::Context;
+use command_fds::{CommandFdExt, FdMapping};
+use rustix::fs::{CWD, FileType, Gid, Mode, Uid};
+use rustix::mount::{MountFlags, MountPropagationFlags};
+use rustix::process::{Pid, PidfdFlags, Resource, Rlimit, Signal, WaitId, WaitIdOptions};
+use rustix::thread::{CapabilitySet, CapabilitySets};
+use tokio::io::unix::AsyncFd;
+use tokio::net::unix::pipe;
+use tokio::sync::watch;
+use tokio_util::task::TaskTracker;
+
+use crate::host::HostThread;
+use crate::seccomp::Filter;
+use crate::tail::Tail;
+use crate::{sys, timeouts};
+
+/// How much of a child's stderr is kept.
+const STDERR_TAIL: usize = 16 << 10;
+
+/// Whom a child runs as.
+#[derive(Debug, Clone)]
+pub struct Credentials {
+    /// Real, effective, saved and filesystem user.
+    pub uid: u32,
+    /// Real, effective, saved and filesystem group.
+    pub gid: u32,
+    /// Supplementary groups; the shim's own never pass on.
+    pub groups: Vec<u32>,
+    /// All that the child, and whatever it executes, can ever have. Empty for most.
+    pub capabilities: CapabilitySet,
+}
+
+impl Credentials {
+    /// A user without capabilities and supplementary groups.
+    pub fn unprivileged(uid: u32, gid: u32) -> Self {
+        Self { uid, gid, groups: Vec::new(), capabilities: CapabilitySet::empty() }
+    }
+}
+
+/// Which namespaces a child does not share with the shim's host thread.
+#[derive(Debug, Clone, Default)]
+pub struct Namespaces {
+    /// An empty network namespace, with a loopback that is down.
+    pub net: bool,
+    /// System V IPC and POSIX message queues.
+    pub ipc: bool,
+    /// Host name.
+    pub uts: bool,
+    /// A mount namespace that receives the host thread's mounts and unmounts and gives none.
+    pub mount: bool,
+}
+
+/// A device node of a child's private `/dev`.
+#[derive(Debug, Clone)]
+pub struct DeviceNode {
+    path: CString,
+    device: u64,
+}
+
+impl DeviceNode {
+    /// The same node as the host's at `path`, which must lie directly in `/dev`.
+    pub fn like(path: &Path) -> anyhow::Result<Self> {
+        let metadata = std::fs::metadata(path).with_context(|| format!("device {}", path.display()))?;
+        anyhow::ensure!(path.parent() == Some(Path::new("/dev")), "device {} is not directly in /dev", path.display());
+        Ok(Self { path: CString::new(path.as_os_str().as_bytes())?, device: metadata.rdev() })
+    }
+}
+
+/// Everything about a child that is decided before it starts.
+#[derive(Debug)]
+pub struct ChildConfig {
+    /// What the child is to us, for messages: `QEMU`, `virtiofsd`.
+    pub role: &'static str,
+    /// Absolute path.
+    pub program: PathBuf,
+    /// Without the program's name.
+    pub args: Vec<OsString>,
+    /// The whole environment.
+    pub env: Vec<(OsString, OsString)>,
+    /// Working directory; `None` is the shim's.
+    pub cwd: Option<PathBuf>,
+    /// User, group, capabilities.
+    pub credentials: Credentials,
+    /// Namespaces of its own.
+    pub namespaces: Namespaces,
+    /// `Some` replaces `/dev` by one that has `null`, `urandom` and these, all owned by the child's user; needs
+    /// [`Namespaces::mount`].
+    pub devices: Option<Vec<DeviceNode>>,
+    /// Open files and the numbers that the child knows them by. Nothing else of the shim's is open in the child.
+    pub fds: Vec<(OwnedFd, RawFd)>,
+    /// `cgroup.procs` files, open for writing, that the child enters before it executes the program.
+    pub cgroup: Vec<OwnedFd>,
+    /// Soft and hard limits. No core is ever dumped: it would hold the guest's memory.
+    pub rlimits: Vec<(Resource, u64)>,
+    /// For programs that do not bring a filter of their own.
+    pub seccomp: Option<Filter>,
+    /// `None` leaves what the shim has. A refusal is logged, not an error: some machines forbid every change.
+    pub oom_score_adj: Option<i32>,
+}
+
+impl ChildConfig {
+    /// `program` with nothing but `credentials`.
+    pub fn new(role: &'static str, program: impl Into<PathBuf>, credentials: Credentials) -> Self {
+        Self {
+            role,
+            program: program.into(),
+            args: Vec::new(),
+            env: Vec::new(),
+            cwd: None,
+            credentials,
+            namespaces: Namespaces::default(),
+            devices: None,
+            fds: Vec::new(),
+            cgroup: Vec::new(),
+            rlimits: Vec::new(),
+            seccomp: None,
+            oom_score_adj: None,
+        }
+    }
+}
+
+/// How a child ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ChildExit {
+    /// It returned this status.
+    Exited(i32),
+    /// This signal ended it.
+    Signaled(i32),
+    /// Somebody else took the status.
+    Unknown,
+}
+
+impl fmt::Display for ChildExit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Exited(status) => write!(f, "exited with status {status}"),
+            Self::Signaled(signal) => match nix::sys::signal::Signal::try_from(*signal) {
+                Ok(name) => write!(f, "was ended by signal {signal} ({name})"),
+                Err(_) => write!(f, "was ended by signal {signal}"),
+            },
+            Self::Unknown => f.write_str("ended with an unknown status"),
+        }
+    }
+}
+
+/// A running, or ended, child. Dropping it kills the process.
+#[derive(Debug)]
+pub struct Child {
+    role: &'static str,
+    pid: Pid,
+    start_time: u64,
+    pidfd: Arc<AsyncFd<OwnedFd>>,
+    exit: watch::Receiver<Option<ChildExit>>,
+    stderr: Tail,
+    tasks: TaskTracker,
+    /// The process ends with the thread that made it.
+    _host: HostThread,
+}
+
+impl Child {
+    /// Starts a process from the host thread, so that it ends with the shim at the latest.
+    ///
+    /// The error names the step that failed and the program. Not cancel safe: a process whose caller went away is killed
+    /// as soon as it is there.
+    pub async fn spawn(host: &HostThread, config: ChildConfig) -> anyhow::Result<Self> {
+        let role = config.role;
+        let oom_score_adj = config.oom_score_adj;
+        let born = host.run(move || Born::spawn(config)).await?;
+        if let Some(value) = oom_score_adj {
+            let path = format!("/proc/{}/oom_score_adj", born.pid.as_raw_nonzero());
+            if let Err(error) = tokio::fs::write(&path, value.to_string()).await {
+                tracing::debug!(%error, path, value, "oom_score_adj is not accepted here");
+            }
+        }
+        born.supervise(role, host.clone())
+    }
+
+    /// Process id on the host.
+    pub fn pid(&self) -> i32 {
+        self.pid.as_raw_nonzero().get()
+    }
+
+    /// Start time as in [`start_time_of`]; with the pid it names this process for ever.
+    pub fn start_time(&self) -> u64 {
+        self.start_time
+    }
+
+    /// What the child is to us.
+    pub fn role(&self) -> &'static str {
+        self.role
+    }
+
+    /// Becomes `Some` when the process has ended, been reaped, and its stderr read.
+    pub fn exited(&self) -> watch::Receiver<Option<ChildExit>> {
+        self.exit.clone()
+    }
+
+    /// Waits for the end; no deadline of its own. Cancel safe.
+    pub async fn wait(&self) -> ChildExit {
+        let mut exit = self.exit.clone();
+        // The sender is gone without a value only if the runtime is shutting down.
+        exit.wait_for(Option::is_some).await.ok().and_then(|exit| *exit).unwrap_or(ChildExit::Unknown)
+    }
+
+    /// The end of its stderr, made harmless.
+    pub fn stderr_tail(&self) -> String {
+        self.stderr.text()
+    }
+
+    /// One sentence about an end that nobody asked for: how, and the end of stderr.
+    pub fn obituary(&self) -> String {
+        let exit = self.exit.borrow().map_or_else(|| "is running".to_owned(), |exit| exit.to_string());
+        let said = self.stderr.line(600);
+        if said.is_empty() { format!("{} {exit}", self.role) } else { format!("{} {exit}: {said}", self.role) }
+    }
+
+    /// Sends SIGKILL and waits for the end. Safe to call again, and when the process has ended long ago.
+    pub async fn kill(&self) -> anyhow::Result<()> {
+        self.signal(Signal::KILL)?;
+        tokio::time::timeout(timeouts::CHILD_EXIT, self.wait()).await.with_context(|| {
+            format!("{} (pid {}) did not end within {:?} of SIGKILL", self.role, self.pid(), timeouts::CHILD_EXIT)
+        })?;
+        self.tasks.wait().await;
+        Ok(())
+    }
+
+    /// Sends `signal`; nothing happens if the process has ended.
+    pub fn signal(&self, signal: Signal) -> anyhow::Result<()> {
+        match rustix::process::pidfd_send_signal(self.pidfd.get_ref(), signal) {
+            Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+            Err(error) => Err(error).with_context(|| format!("signal {} (pid {})", self.role, self.pid())),
+        }
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        // The supervisor outlives this handle by the moment that the kernel takes to end the process, and reaps it.
+        if let Err(error) = self.signal(Signal::KILL) {
+            tracing::warn!(role = self.role, error = format!("{error:#}"), "a child could not be killed");
+        }
+    }
+}
+
+/// When the process `pid` started, in clock ticks after boot: field 22 of `/proc/<pid>/stat` (proc(5)). `None`: there is none.
+pub fn start_time_of(pid: i32) -> Option<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The second field is the program's name in parentheses and may hold anything, so counting begins after the last one.
+    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
+}
+
+/// A process that has executed its program and is not supervised yet; dropping it ends the process.
+struct Born {
+    pid: Pid,
+    start_time: u64,
+    pidfd: Option<OwnedFd>,
+    stderr: OwnedFd,
+}
+
+impl Drop for Born {
+    fn drop(&mut self) {
+        if let Some(pidfd) = &self.pidfd {
+            // Both fail only when there is nothing left to do.
+            let _ended = rustix::process::pidfd_send_signal(pidfd, Signal::KILL);
+            let _reaped = rustix::process::waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED);
+        }
+    }
+}
+
+impl Born {
+    /// Forks and executes; blocks until the program is executed or an error is known.
+    fn spawn(mut config: ChildConfig) -> anyhow::Result<Self> {
+        let what = format!("start {} {}", config.role, config.program.display());
+        let failed_step = Arc::new(rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC)?);
+        let mut command = Command::new(&config.program);
+        command.args(&config.args).env_clear().envs(config.env.iter().map(|(key, value)| (key, value)));
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        if let Some(cwd) = &config.cwd {
+            command.current_dir(cwd);
+        }
+        let fds = std::mem::take(&mut config.fds);
+        let reserved = reserve(&fds)?;
+        let confine = Arc::new(Confine::new(config)?);
+
+        // Three hooks, in this order: what needs the shim's rights and files, the files, and the loss of the rights.
+        let (first, step) = (confine.clone(), failed_step.clone());
+        sys::before_exec(&mut command, move || first.with_rights().map_err(|failure| failure.report(&step)));
+        let mappings = fds.into_iter().map(|(parent_fd, child_fd)| FdMapping { parent_fd, child_fd }).collect();
+        command.fd_mappings(mappings).with_context(|| format!("{what}: a file number is given twice"))?;
+        let step = failed_step.clone();
+        sys::before_exec(&mut command, move || confine.without_rights().map_err(|failure| failure.report(&step)));
+
+        let spawned = command.spawn();
+        drop((command, reserved));
+        let child = spawned.map_err(|error| {
+            let step = Step::failed(&failed_step).map_or("execute it", Step::told);
+            anyhow::Error::new(error).context(format!("{what}: {step}"))
+        })?;
+        let pid = Pid::from_child(&child);
+        let stderr = child.stderr.context("a piped stderr is there")?.into();
+        // Nobody has waited for the child yet, so the pid cannot have been given to another process.
+        let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::NONBLOCK).with_context(|| format!("{what}: pidfd"))?;
+        let start_time = start_time_of(pid.as_raw_nonzero().get()).with_context(|| format!("{what}: no start time"))?;
+        Ok(Self { pid, start_time, pidfd: Some(pidfd), stderr })
+    }
+
+    fn supervise(mut self, role: &'static str, host: HostThread) -> anyhow::Result<Child> {
+        let stderr = self.stderr.try_clone().context("stderr")?;
+        rustix::io::ioctl_fionbio(&stderr, true).context("stderr")?;
+        let stderr = pipe::Receiver::from_owned_fd(stderr).context("watch stderr")?;
+        let pidfd = self.pidfd.take().context("a born process has a pidfd")?;
+        let pidfd = Arc::new(sys::watch(pidfd).context("watch pidfd")?);
+        let (sender, exit) = watch::channel(None);
+        let tail = Tail::new(STDERR_TAIL);
+        let tasks = TaskTracker::new();
+        tasks.spawn(supervise(pidfd.clone(), stderr, tail.clone(), sender));
+        tasks.close();
+        Ok(Child { role, pid: self.pid, start_time: self.start_time, pidfd, exit, stderr: tail, tasks, _host: host })
+    }
+}
+
+/// Reads stderr until the process ends, then reaps it and tells.
+async fn supervise(
+    pidfd: Arc<AsyncFd<OwnedFd>>,
+    stderr: pipe::Receiver,
+    tail: Tail,
+    exit: watch::Sender<Option<ChildExit>>,
+) {
+    let mut open = true;
+    loop {
+        tokio::select! {
+            ended = pidfd.readable() => {
+                if let Err(error) = ended {
+                    tracing::error!(%error, "a child cannot be watched");
+                }
+                break;
+            }
+            readable = stderr.readable(), if open => open = readable.is_ok() && drain(&stderr, &tail),
+        }
+    }
+    // What it wrote last is in the pipe already. A process of its own that still holds the pipe is not waited for.
+    if open {
+        drain(&stderr, &tail);
+    }
+    let status =
+        rustix::process::waitid(WaitId::PidFd(pidfd.get_ref().as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG);
+    let ended = match status {
+        Ok(Some(status)) => match (status.exit_status(), status.terminating_signal()) {
+            (Some(status), _) => ChildExit::Exited(status),
+            (None, Some(signal)) => ChildExit::Signaled(signal),
+            (None, None) => ChildExit::Unknown,
+        },
+        Ok(None) | Err(_) => ChildExit::Unknown,
+    };
+    exit.send_replace(Some(ended));
+}
+
+/// Reads what is there, at most a little more than the tail keeps; false at the end of the stream.
+fn drain(stderr: &pipe::Receiver, tail: &Tail) -> bool {
+    let mut buffer = [0; 4096];
+    for _ in 0..STDERR_TAIL.div_ceil(buffer.len()) {
+        match stderr.try_read(&mut buffer) {
+            Ok(0) => return false,
+            Ok(read) => tail.push(&buffer[..read]),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
+            Err(_) => return false,
+        }
+    }
+    true
+}
+
+/// Keeps the child's file numbers busy in the shim while it forks.
+///
+/// `std::process` tells an error between fork and exec through a pipe of its own; were that pipe to get one of the numbers
+/// that the child's files move to, an error would go into such a file and be lost.
+fn reserve(fds: &[(OwnedFd, RawFd)]) -> anyhow::Result<Vec<OwnedFd>> {
+    let mut reserved = Vec::new();
+    for (fd, number) in fds {
+        let copy =
+            rustix::io::fcntl_dupfd_cloexec(fd, *number).with_context(|| format!("reserve file number {number}"))?;
+        // Another number means that this one is taken by a file of the shim, which does as well.
+        if copy.as_raw_fd() == *number {
+            reserved.push(copy);
+        }
+    }
+    Ok(reserved)
+}
+
+/// What the child does to itself between fork and exec. Only system calls: the fork has one thread and may not allocate.
+struct Confine {
+    parent: Option<Pid>,
+    cgroup: Vec<OwnedFd>,
+    namespaces: nix::sched::CloneFlags,
+    devices: Option<Vec<DeviceNode>>,
+    rlimits: Vec<(Resource, u64)>,
+    uid: Uid,
+    gid: Gid,
+    groups: Vec<Gid>,
+    capabilities: CapabilitySet,
+    seccomp: Option<Filter>,
+}
+
+impl Confine {
+    fn new(config: ChildConfig) -> anyhow::Result<Self> {
+        use nix::sched::CloneFlags;
+        let wanted = config.namespaces;
+        let mut namespaces = CloneFlags::empty();
+        namespaces.set(CloneFlags::CLONE_NEWNET, wanted.net);
+        namespaces.set(CloneFlags::CLONE_NEWIPC, wanted.ipc);
+        namespaces.set(CloneFlags::CLONE_NEWUTS, wanted.uts);
+        namespaces.set(CloneFlags::CLONE_NEWNS, wanted.mount);
+        let devices = match config.devices {
+            None => None,
+            Some(_) if !wanted.mount => anyhow::bail!("{}: devices need a mount namespace", config.role),
+            Some(mut devices) => {
+                devices.push(DeviceNode::like(Path::new("/dev/null"))?);
+                devices.push(DeviceNode::like(Path::new("/dev/urandom"))?);
+                Some(devices)
+            }
+        };
+        Ok(Self {
+            parent: Some(rustix::process::getpid()),
+            cgroup: config.cgroup,
+            namespaces,
+            devices,
+            rlimits: config.rlimits,
+            uid: Uid::from_raw(config.credentials.uid),
+            gid: Gid::from_raw(config.credentials.gid),
+            groups: config.credentials.groups.into_iter().map(Gid::from_raw).collect(),
+            capabilities: config.credentials.capabilities,
+            seccomp: config.seccomp,
+        })
+    }
+
+    /// Runs in the child, still with all the shim's rights and open files.
+    fn with_rights(&self) -> Result<(), Failure> {
+        for procs in &self.cgroup {
+            // 0 is the writer itself, in v1 and v2: so it is inside before it runs anything, whatever its pid.
+            rustix::io::write(procs, b"0").at(Step::Cgroup)?;
+        }
+        rustix::process::setsid().at(Step::Session)?;
+        rustix::process::umask(Mode::RWXG | Mode::RWXO);
+        if !self.namespaces.is_empty() {
+            nix::sched::unshare(self.namespaces).map_err(|errno| Failure(Step::Namespaces, errno.into()))?;
+        }
+        if self.namespaces.contains(nix::sched::CloneFlags::CLONE_NEWNS) {
+            let slave = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
+            rustix::mount::mount_change(c"/", slave).at(Step::Namespaces)?;
+        }
+        if let Some(devices) = &self.devices {
+            let flags = MountFlags::NOSUID | MountFlags::NOEXEC;
+            rustix::mount::mount(c"tmpfs", c"/dev", c"tmpfs", flags, c"mode=755,size=64k").at(Step::Devices)?;
+            for node in devices {
+                let mode = Mode::RUSR | Mode::WUSR;
+                rustix::fs::mknodat(CWD, &*node.path, FileType::CharacterDevice, mode, node.device)
+                    .at(Step::Devices)?;
+                rustix::fs::chownat(CWD, &*node.path, Some(self.uid), Some(self.gid), rustix::fs::AtFlags::empty())
+                    .at(Step::Devices)?;
+            }
+        }
+        for (resource, limit) in self.rlimits.iter().copied().chain([(Resource::Core, 0)]) {
+            let limit = Rlimit { current: Some(limit), maximum: Some(limit) };
+            rustix::process::setrlimit(resource, limit).at(Step::Limits)?;
+        }
+        sys::close_on_exec_from(3).map_err(|error| Failure(Step::Files, error))
+    }
+
+    /// Runs in the child after its files are in place; afterwards it can do nothing that the program may not do.
+    fn without_rights(&self) -> Result<(), Failure> {
+        for number in 0..64 {
+            let capability = CapabilitySet::from_bits_retain(1 << number);
+            if self.capabilities.contains(capability) {
+                continue;
+            }
+            match rustix::thread::remove_capability_from_bounding_set(capability) {
+                Ok(()) => {}
+                // Beyond the last that this kernel knows.
+                Err(rustix::io::Errno::INVAL) => break,
+                Err(errno) => return Err(Failure(Step::Capabilities, errno.into())),
+            }
+        }
+        let ambient = !self.uid.is_root() && !self.capabilities.is_empty();
+        rustix::thread::set_keep_capabilities(ambient).at(Step::Capabilities)?;
+        rustix::thread::set_thread_groups(&self.groups).at(Step::User)?;
+        rustix::thread::set_thread_res_gid(self.gid, self.gid, self.gid).at(Step::User)?;
+        rustix::thread::set_thread_res_uid(self.uid, self.uid, self.uid).at(Step::User)?;
+        let inheritable = if ambient { self.capabilities } else { CapabilitySet::empty() };
+        let sets = CapabilitySets { effective: self.capabilities, permitted: self.capabilities, inheritable };
+        rustix::thread::set_capabilities(None, sets).at(Step::Capabilities)?;
+        rustix::thread::clear_ambient_capability_set().at(Step::Capabilities)?;
+        if ambient {
+            for capability in self.capabilities.iter() {
+                rustix::thread::configure_capability_in_ambient_set(capability, true).at(Step::Capabilities)?;
+            }
+        }
+        rustix::thread::set_no_new_privs(true).at(Step::Capabilities)?;
+        // A change of user forgets this setting, so it comes after. If the shim has died before, nobody would tell us.
+        rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).at(Step::DeathSignal)?;
+        if rustix::process::getppid() != self.parent {
+            return Err(Failure(Step::DeathSignal, io::ErrorKind::BrokenPipe.into()));
+        }
+        self.seccomp.as_ref().map_or(Ok(()), Filter::apply).map_err(|error| Failure(Step::Seccomp, error))
+    }
+}
+
+/// A step between fork and exec that can fail; its number travels to the parent through an eventfd.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u64)]
+enum Step {
+    Cgroup = 1,
+    Session,
+    Namespaces,
+    Devices,
+    Limits,
+    Files,
+    User,
+    Capabilities,
+    DeathSignal,
+    Seccomp,
+}
+
+impl Step {
+    const ALL: [Self; 10] = [
+        Self::Cgroup,
+        Self::Session,
+        Self::Namespaces,
+        Self::Devices,
+        Self::Limits,
+        Self::Files,
+        Self::User,
+        Self::Capabilities,
+        Self::DeathSignal,
+        Self::Seccomp,
+    ];
+
+    fn told(self) -> &'static str {
+        match self {
+            Self::Cgroup => "enter its cgroup",
+            Self::Session => "start a session",
+            Self::Namespaces => "enter namespaces of its own",
+            Self::Devices => "make its /dev",
+            Self::Limits => "set its resource limits",
+            Self::Files => "close the shim's files",
+            Self::User => "become its own user",
+            Self::Capabilities => "drop capabilities",
+            Self::DeathSignal => "tie it to the life of the shim",
+            Self::Seccomp => "install its system-call filter",
+        }
+    }
+
+    /// The step that the child reported, if it came so far.
+    fn failed(eventfd: &OwnedFd) -> Option<Self> {
+        // Never blocks a reader: without a report there is nothing to read.
+        rustix::fs::fcntl_setfl(eventfd, rustix::fs::OFlags::NONBLOCK).ok()?;
+        let mut number = [0; 8];
+        rustix::io::read(eventfd, &mut number).ok()?;
+        Self::ALL.into_iter().find(|step| *step as u64 == u64::from_ne_bytes(number))
+    }
+}
+
+struct Failure(Step, io::Error);
+
+impl Failure {
+    /// Tells the parent which step it was; the error itself goes the way of `std::process`.
+    fn report(self, eventfd: &OwnedFd) -> io::Error {
+        // If this is lost, only the step's name is.
+        let _told = rustix::io::write(eventfd, &(self.0 as u64).to_ne_bytes());
+        self.1
+    }
+}
+
+trait At<T> {
+    fn at(self, step: Step) -> Result<T, Failure>;
+}
+
+impl<T> At<T> for rustix::io::Result<T> {
+    fn at(self, step: Step) -> Result<T, Failure> {
+        self.map_err(|errno| Failure(step, errno.into()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    fn host() -> HostThread {
+        HostThread::start(|| Ok(())).expect("starts")
+    }
+
+    fn shell(script: &str) -> ChildConfig {
+        let mut config = ChildConfig::new("shell", "/bin/sh", Credentials::unprivileged(61_234, 61_235));
+        config.args = vec!["-c".into(), script.into()];
+        config
+    }
+
+    async fn run(config: ChildConfig) -> (ChildExit, String) {
+        let child = Child::spawn(&host(), config).await.expect("spawns");
+        let exit = tokio::time::timeout(Duration::from_secs(20), child.wait()).await.expect("ends");
+        (exit, child.stderr_tail())
+    }
+
+    #[tokio::test]
+    async fn exit_status_and_last_words_are_kept() {
+        let (exit, said) = run(shell("echo so long >&2; exit 7")).await;
+        assert_eq!((exit, said.as_str()), (ChildExit::Exited(7), "so long\n"));
+    }
+
+    #[tokio::test]
+    async fn a_child_that_floods_stderr_costs_no_more_than_the_tail() {
+        let (exit, said) = run(shell("head -c 1000000 /dev/zero | tr '\\0' x >&2; echo end >&2")).await;
+        assert_eq!(exit, ChildExit::Exited(0));
+        assert_eq!(said.len(), STDERR_TAIL);
+        assert!(said.ends_with("xend\n"));
+    }
+
+    #[tokio::test]
+    async fn a_child_has_no_root_no_capabilities_and_no_way_back() {
+        let script = "grep -E '^(Uid|Gid|Groups|Cap...|NoNewPrivs):' /proc/self/status >&2; ulimit -c >&2; umask >&2";
+        let (_, said) = run(shell(script)).await;
+        let fields: Vec<_> = said.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
+        let none = "0000000000000000";
+        assert_eq!(
+            fields,
+            [
+                "Uid: 61234 61234 61234 61234".to_owned(),
+                "Gid: 61235 61235 61235 61235".to_owned(),
+                "Groups:".to_owned(),
+                format!("CapInh: {none}"),
+                format!("CapPrm: {none}"),
+                format!("CapEff: {none}"),
+                format!("CapBnd: {none}"),
+                format!("CapAmb: {none}"),
+                "NoNewPrivs: 1".to_owned(),
+                "0".to_owned(),
+                "0077".to_owned(),
+            ]
+        );
+    }
+
+    #[tokio::test]
+    async fn capabilities_that_are_kept_are_the_only_ones() {
+        for uid in [0, 61_234] {
+            let mut config = shell("grep -E '^Cap(Eff|Bnd)' /proc/self/status >&2");
+            config.credentials.uid = uid;
+            config.credentials.capabilities = CapabilitySet::CHOWN | CapabilitySet::FOWNER;
+            let (_, said) = run(config).await;
+            assert_eq!(said.matches("0000000000000009").count(), 2, "uid {uid}: {said}");
+        }
+    }
+
+    #[tokio::test]
+    async fn files_arrive_under_their_numbers_and_no_others() {
+        let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).expect("pipe");
+        let mut config = shell("echo through 9 >&9; ls /proc/self/fd >&2");
+        config.fds = vec![(writer, 9)];
+        let (_, said) = run(config).await;
+        let mut buffer = [0; 64];
+        let read = rustix::io::read(&reader, &mut buffer).expect("reads");
+        assert_eq!(&buffer[..read], b"through 9\n");
+        // 3 is the directory that `ls` itself reads.
+        assert_eq!(said.split_whitespace().collect::<Vec<_>>(), ["0", "1", "2", "3", "9"]);
+    }
+
+    #[tokio::test]
+    async fn namespaces_and_devices_are_its_own() {
+        let mut config =
+            shell("ls /dev >&2; cat /proc/net/dev | tail -n +3 | cut -d: -f1 >&2; echo x >/dev/null || exit 9");
+        config.namespaces = Namespaces { net: true, ipc: true, uts: true, mount: true };
+        config.devices = Some(vec![DeviceNode::like(Path::new("/dev/zero")).expect("is there")]);
+        let (exit, said) = run(config).await;
+        assert_eq!(exit, ChildExit::Exited(0), "{said}");
+        assert_eq!(said.split_whitespace().collect::<Vec<_>>(), ["null", "urandom", "zero", "lo"]);
+    }
+
+    #[tokio::test]
+    async fn a_program_that_is_missing_is_named() {
+        let config = ChildConfig::new("QEMU", "/nonexistent/qemu", Credentials::unprivileged(61_234, 61_234));
+        let error = Child::spawn(&host(), config).await.expect_err("fails");
+        assert_eq!(
+            format!("{error:#}"),
+            "start QEMU /nonexistent/qemu: execute it: No such file or directory (os error 2)"
+        );
+    }
+
+    #[tokio::test]
+    async fn the_step_that_failed_is_named() {
+        let mut config = shell("true");
+        let (reader, _writer) = rustix::pipe::pipe().expect("pipe");
+        // The reading end of a pipe cannot be written, so it is no cgroup.
+        config.cgroup = vec![reader];
+        let error = Child::spawn(&host(), config).await.expect_err("fails");
+        assert_eq!(format!("{error:#}"), "start shell /bin/sh: enter its cgroup: Bad file descriptor (os error 9)");
+    }
+
+    #[tokio::test]
+    async fn kill_ends_and_reaps_and_may_be_repeated() {
+        let child = Child::spawn(&host(), shell("while :; do sleep 1; done")).await.expect("spawns");
+        assert_eq!(start_time_of(child.pid()), Some(child.start_time()));
+        child.kill().await.expect("kills");
+        assert_eq!(*child.exited().borrow(), Some(ChildExit::Signaled(9)));
+        assert_eq!(start_time_of(child.pid()), None, "no zombie is left");
+        child.kill().await.expect("is safe to repeat");
+        assert_eq!(child.obituary(), "shell was ended by signal 9 (SIGKILL)");
+    }
+
+    #[tokio::test]
+    async fn a_dropped_child_is_killed() {
+        let child = Child::spawn(&host(), shell("while :; do sleep 1; done")).await.expect("spawns");
+        let mut exit = child.exited();
+        drop(child);
+        let ended = tokio::time::timeout(timeouts::CHILD_EXIT, exit.wait_for(Option::is_some)).await.expect("in time");
+        assert_eq!(*ended.expect("is told"), Some(ChildExit::Signaled(9)));
+    }
+}
