@@ -37,7 +37,7 @@ pub const MAX_VCPUS: u32 = 255;
 const MAX_CONFIG_BYTES: u64 = 1 << 20;
 
 /// Everything that an administrator can set. See the module's documentation for its sources.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
     /// Directory of the sandboxes' run state, absolute; one directory per sandbox below it.
@@ -65,7 +65,7 @@ pub struct Config {
 }
 
 /// Table `[qemu]` of the configuration.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Qemu {
     /// `qemu-system-x86_64`. `None`: looked for.

@@ -3,10 +3,14 @@
 //! Modules in reading order; what may use what is in ARCHITECTURE.md.
 
 pub mod annotations;
+pub mod bootstrap;
 pub mod config;
 pub mod error;
 pub mod events;
 pub mod host;
+pub mod log;
+pub mod metrics;
+pub mod paths;
 pub mod process;
 pub mod seccomp;
 pub mod sizing;

@@ -1,7 +1,8 @@
 //! The only place of the shim with `unsafe`: system calls that no crate wraps.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
@@ -25,6 +26,21 @@ pub fn close_on_exec_from(first: u32) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Takes over the listening socket with number `fd`, which whoever ran this process left open for it.
+///
+/// An error says that there is none. Once per process and number: a second owner would close a stranger's file.
+#[expect(unsafe_code, reason = "a number alone says nothing about who owns the file")]
+pub fn inherited_listener(fd: RawFd) -> io::Result<UnixListener> {
+    // SAFETY: borrowed for these calls only; on a number that is not open they fail and touch nothing.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
+    if !rustix::net::sockopt::socket_acceptconn(borrowed)? {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    rustix::io::fcntl_setfd(borrowed, rustix::io::FdFlags::CLOEXEC)?;
+    // SAFETY: it is open, and by this function's contract nothing else in this process owns it.
+    Ok(UnixListener::from(unsafe { OwnedFd::from_raw_fd(fd) }))
+}
+
 /// Lets the runtime tell when `fd` becomes readable.
 #[expect(unsafe_code, reason = "tokio cannot know that a descriptor stays the same while it is registered")]
 pub fn watch(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
@@ -41,6 +57,20 @@ mod tests {
         let mut command = Command::new("/bin/true");
         before_exec(&mut command, || Err(io::Error::from_raw_os_error(libc::EDOM)));
         assert_eq!(command.spawn().expect_err("fails").raw_os_error(), Some(libc::EDOM));
+    }
+
+    #[test]
+    fn only_a_listening_socket_is_taken_over() {
+        use std::os::fd::{AsRawFd, IntoRawFd};
+        let dir = tempfile::tempdir().expect("makes a directory");
+        let path = dir.path().join("sock");
+        let number = UnixListener::bind(&path).expect("binds").into_raw_fd();
+        let listener = inherited_listener(number).expect("is a listener");
+        std::os::unix::net::UnixStream::connect(&path).expect("is served");
+        drop(listener);
+        let file = std::fs::File::open("/dev/null").expect("opens");
+        assert!(inherited_listener(file.as_raw_fd()).is_err());
+        assert!(inherited_listener(99_999).is_err());
     }
 
     #[test]
