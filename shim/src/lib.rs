@@ -10,10 +10,12 @@ pub mod events;
 pub mod host;
 pub mod log;
 pub mod metrics;
+pub mod namespace;
 pub mod paths;
 pub mod process;
 pub mod seccomp;
 pub mod sizing;
+pub mod storage;
 pub mod tail;
 pub mod timeouts;
 

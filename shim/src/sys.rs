@@ -1,11 +1,17 @@
 //! The only place of the shim with `unsafe`: system calls that no crate wraps.
 
+use std::ffi::CString;
 use std::io;
+use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::Command;
 
+use rustix::mount::{MountFlags, MountPropagationFlags};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -82,4 +88,57 @@ mod tests {
         before_exec(&mut command, || close_on_exec_from(3));
         assert!(command.status().expect("runs").success());
     }
+}
+
+/// What [`mount_setattr`] changes.
+#[derive(Debug, Clone, Copy)]
+pub struct MountAttributes {
+    /// Flags that are set; the others stay. Of them `RDONLY`, `NOSUID`, `NODEV` and `NOEXEC` can be.
+    pub set: MountFlags,
+    /// `None` leaves it.
+    pub propagation: Option<MountPropagationFlags>,
+}
+
+/// Changes attributes of the mount at `path` below `dir` (`path` empty: of `dir` itself), of its whole tree if `recursive`.
+///
+/// See `mount_setattr(2)`; Linux 5.12.
+pub fn mount_setattr(dir: impl AsFd, path: &Path, recursive: bool, attributes: MountAttributes) -> io::Result<()> {
+    /// `struct mount_attr` of linux/mount.h.
+    #[repr(C)]
+    struct MountAttr {
+        attr_set: u64,
+        attr_clr: u64,
+        propagation: u64,
+        userns_fd: u64,
+    }
+    // The MOUNT_ATTR_* of these four have the values of the MS_* flags.
+    let settable = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    let attr = MountAttr {
+        attr_set: u64::from((attributes.set & settable).bits()),
+        attr_clr: 0,
+        propagation: attributes.propagation.map_or(0, |flag| u64::from(flag.bits())),
+        userns_fd: 0,
+    };
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut flags = libc::AT_SYMLINK_NOFOLLOW;
+    if path.is_empty() {
+        flags |= libc::AT_EMPTY_PATH;
+    }
+    if recursive {
+        flags |= libc::AT_RECURSIVE;
+    }
+    // SAFETY: the path is a C string and `attr` has the layout and the size that are passed; both live through the call,
+    // which keeps neither.
+    #[expect(unsafe_code, reason = "no crate wraps mount_setattr(2)")]
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            dir.as_fd().as_raw_fd(),
+            path.as_ptr(),
+            flags,
+            std::ptr::from_ref(&attr),
+            size_of::<MountAttr>(),
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

@@ -1,0 +1,452 @@
+//! Volumes: the mounts of an OCI spec, each shared with the guest, kept as a mount of the guest's own, or refused.
+//!
+//! [`plan_volumes`] is pure; [`attach`] acts. What happens to a mount:
+//!
+//! | mount of the spec | in the guest |
+//! |---|---|
+//! | proc, sysfs, tmpfs, devpts, mqueue, cgroup and their like | the same: the guest's own |
+//! | bind of the sandbox's shm directory, or of the host's `/dev/shm`, to `/dev/shm` | the pod-wide `/dev/shm` (`shm:`) |
+//! | bind of a file or directory | bound from the share (`share:<container>/<n>`) |
+//! | bind of a kernel file system of the host (`/proc`, `/sys`, `/sys/fs/cgroup`, `/dev`, ...) | a fresh one of that type, which shows the guest's kernel: the host's would describe the wrong machine |
+//! | bind of anything below `/proc`, `/sys` or `/dev` | refused: there is nothing in the guest that could be meant |
+//! | any other type | refused |
+//!
+//! Directories are shared as they are, so updates of `ConfigMap`s, Secrets and projected tokens arrive; a file is shared by
+//! itself, never its directory. Memory-backed `emptyDir`s are shared like every other one, so that all see their content.
+//! Id-mapped mounts lose their mapping: the container's user namespace is not made in the guest either, so the owners that
+//! it would have seen are the files' own.
+//! See <https://github.com/opencontainers/runtime-spec/blob/main/config.md#mounts>.
+
+use std::path::{Component, Path, PathBuf};
+
+use bulkhead_proto::{SHARE_SCHEME, SHM_SOURCE};
+use rustix::fs::FileType;
+use serde_json::{Map, Value, json};
+
+use crate::error::{Error, Result};
+use crate::host::HostThread;
+use crate::namespace::{Access, Propagation, ShareRoot, Tree};
+
+/// Whose volumes are planned.
+#[derive(Debug, Clone, Copy)]
+pub struct Owner<'a> {
+    /// The container; names its directory in the share.
+    pub container_id: &'a str,
+    /// The sandbox; tells its shm directory from a volume.
+    pub sandbox_id: &'a str,
+    /// Directory of the spec; relative sources begin here.
+    pub bundle: &'a Path,
+}
+
+/// A file or directory of the host that goes into the share.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Bind {
+    /// Names it in the share: `<container>/<index>`.
+    pub index: usize,
+    /// On the host; symbolic links are followed when it is attached.
+    pub source: PathBuf,
+    /// In the container, for messages.
+    pub destination: String,
+    /// With the mounts below it.
+    pub recursive: bool,
+    /// What the share lets the guest do.
+    pub access: Access,
+    /// Whether later mounts below the source arrive.
+    pub propagation: Propagation,
+}
+
+/// What becomes of a spec's mounts.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct VolumePlan {
+    /// The `mounts` of the guest's spec, in the order of the host's.
+    pub guest_mounts: Vec<Value>,
+    /// What [`attach`] puts into the share.
+    pub binds: Vec<Bind>,
+    /// What was asked for and is left out; each a phrase for the log.
+    pub notes: Vec<String>,
+}
+
+/// File systems without a host source that a guest mounts itself.
+const GUEST_TYPES: [&str; 16] = [
+    "bpf",
+    "cgroup",
+    "cgroup2",
+    "configfs",
+    "debugfs",
+    "devpts",
+    "devtmpfs",
+    "fusectl",
+    "hugetlbfs",
+    "mqueue",
+    "proc",
+    "ramfs",
+    "securityfs",
+    "sysfs",
+    "tmpfs",
+    "tracefs",
+];
+
+/// Where a host has its kernel file systems, and which type shows the same of the guest.
+const KERNEL_SOURCES: [(&str, &str); 11] = [
+    ("/dev", "devtmpfs"),
+    ("/dev/hugepages", "hugetlbfs"),
+    ("/dev/mqueue", "mqueue"),
+    ("/dev/pts", "devpts"),
+    ("/proc", "proc"),
+    ("/sys", "sysfs"),
+    ("/sys/fs/bpf", "bpf"),
+    ("/sys/fs/cgroup", "cgroup"),
+    ("/sys/kernel/debug", "debugfs"),
+    ("/sys/kernel/security", "securityfs"),
+    ("/sys/kernel/tracing", "tracefs"),
+];
+
+/// Options that say how a mount is made or propagates, not what it allows; the guest gets its own.
+const PROPAGATION: [&str; 10] =
+    ["bind", "rbind", "private", "rprivate", "slave", "rslave", "shared", "rshared", "unbindable", "runbindable"];
+
+/// Options of the OCI spec that reach the mounts below, by the name that `mount(8)` has for one mount.
+const RECURSIVE: [(&str, &str); 8] = [
+    ("rro", "ro"),
+    ("rrw", "rw"),
+    ("rnosuid", "nosuid"),
+    ("rnodev", "nodev"),
+    ("rnoexec", "noexec"),
+    ("rnoatime", "noatime"),
+    ("rnodiratime", "nodiratime"),
+    ("rrelatime", "relatime"),
+];
+
+/// Decides what becomes of `mounts` in an OCI `spec`.
+pub fn plan_volumes(spec: &Value, owner: Owner<'_>) -> Result<VolumePlan> {
+    let mut plan = VolumePlan::default();
+    let mounts = match spec.get("mounts") {
+        None | Some(Value::Null) => return Ok(plan),
+        Some(Value::Array(mounts)) => mounts,
+        Some(_) => return Err(Error::invalid("spec: mounts is not a list")),
+    };
+    for (index, value) in mounts.iter().enumerate() {
+        let mount = SpecMount::parse(value).map_err(|error| error.context(format!("spec: mounts[{index}]")))?;
+        let guest_mount = plan_mount(&mount, owner, &mut plan)?;
+        plan.guest_mounts.push(guest_mount);
+    }
+    Ok(plan)
+}
+
+/// One entry of the spec's `mounts`.
+struct SpecMount {
+    destination: String,
+    fstype: String,
+    source: String,
+    options: Vec<String>,
+    idmapped: bool,
+}
+
+impl SpecMount {
+    fn parse(value: &Value) -> Result<Self> {
+        let text = |key: &str| match value.get(key) {
+            None | Some(Value::Null) => Ok(String::new()),
+            Some(Value::String(text)) => Ok(text.clone()),
+            Some(_) => Err(Error::invalid(format!("{key} is not a string"))),
+        };
+        let mut options = Vec::new();
+        let mut idmapped = ["uidMappings", "gidMappings"]
+            .iter()
+            .any(|key| value.get(key).and_then(Value::as_array).is_some_and(|mappings| !mappings.is_empty()));
+        for option in value.get("options").and_then(Value::as_array).into_iter().flatten() {
+            let option = option.as_str().ok_or_else(|| Error::invalid("options are not all strings"))?;
+            if matches!(option, "idmap" | "ridmap") {
+                idmapped = true;
+            } else {
+                options.push(option.to_owned());
+            }
+        }
+        let destination = text("destination")?;
+        if destination.is_empty() {
+            return Err(Error::invalid("destination is missing"));
+        }
+        Ok(Self { destination, fstype: text("type")?, source: text("source")?, options, idmapped })
+    }
+
+    /// Whether the kernel would be asked for a bind: by the type's name, or by an option, as runc sees it.
+    fn is_bind(&self) -> bool {
+        matches!(self.fstype.as_str(), "bind" | "rbind") || self.has("bind") || self.has("rbind")
+    }
+
+    fn has(&self, option: &str) -> bool {
+        self.options.iter().any(|given| given == option)
+    }
+
+    /// The last of several contradicting options counts, as in mount(8).
+    fn access(&self) -> Access {
+        self.options.iter().fold(Access::Writable, |access, option| match option.as_str() {
+            "rw" | "rrw" => Access::Writable,
+            "ro" => Access::ReadOnly,
+            "rro" => Access::ReadOnlyRecursive,
+            _ => access,
+        })
+    }
+
+    /// The options that mean something in the guest.
+    fn guest_options(&self) -> Vec<String> {
+        let plain = |option: &String| {
+            let found = RECURSIVE.iter().find(|(recursive, _)| recursive == option);
+            found.map_or_else(|| option.clone(), |(_, plain)| (*plain).to_owned())
+        };
+        self.options.iter().filter(|option| !PROPAGATION.contains(&option.as_str())).map(plain).collect()
+    }
+}
+
+fn plan_mount(mount: &SpecMount, owner: Owner<'_>, plan: &mut VolumePlan) -> Result<Value> {
+    let destination = mount.destination.clone();
+    if mount.idmapped {
+        plan.notes.push(format!("mount at {destination}: id mapping is left out"));
+    }
+    if !mount.is_bind() {
+        if !GUEST_TYPES.contains(&mount.fstype.as_str()) {
+            return Err(Error::invalid(format!(
+                "mount at {destination:?}: type {:?} is not supported; accepted are bind, {}",
+                mount.fstype,
+                GUEST_TYPES.join(", ")
+            )));
+        }
+        // Such a source is a label. If it looks like a path of the host it stays on the host all the same.
+        let source = if mount.source.contains('/') { mount.fstype.clone() } else { mount.source.clone() };
+        return Ok(oci_mount(&destination, &mount.fstype, &source, &mount.options));
+    }
+    if mount.source.is_empty() {
+        return Err(Error::invalid(format!("mount at {destination:?}: a bind needs a source")));
+    }
+    let source = lexical(&owner.bundle.join(&mount.source));
+    if is_pod_shm(&source, &destination, owner.sandbox_id) {
+        let mut options = vec!["rbind".to_owned()];
+        options.extend(mount.guest_options());
+        return Ok(oci_mount(&destination, "bind", SHM_SOURCE, &options));
+    }
+    if let Some((_, fstype)) = KERNEL_SOURCES.iter().find(|(path, _)| Path::new(path) == source) {
+        plan.notes.push(format!("mount at {destination}: {} of the guest instead of the host's", source.display()));
+        return Ok(oci_mount(&destination, fstype, fstype, &mount.guest_options()));
+    }
+    if ["/proc", "/sys", "/dev"].iter().any(|kernel| source.starts_with(kernel)) {
+        return Err(refusal(&source, &destination));
+    }
+    if mount.has("rshared") || mount.has("shared") {
+        plan.notes.push(format!("mount at {destination}: mounts made in the guest do not reach the host"));
+    }
+    let slave = ["slave", "rslave", "shared", "rshared"].iter().any(|option| mount.has(option));
+    let bind = Bind {
+        index: plan.binds.len(),
+        destination,
+        recursive: mount.has("rbind") || mount.fstype == "rbind",
+        access: mount.access(),
+        propagation: if slave { Propagation::Slave } else { Propagation::Private },
+        source,
+    };
+    // Recursive whatever the spec says: what lies below is the host's decision, made when the tree was cloned.
+    let mut options = vec!["rbind".to_owned()];
+    options.extend(mount.guest_options());
+    let shared = format!("{SHARE_SCHEME}{}", share_path(owner.container_id, bind.index));
+    let guest_mount = oci_mount(&bind.destination, "bind", &shared, &options);
+    plan.binds.push(bind);
+    Ok(guest_mount)
+}
+
+/// Path of volume `index` below the share.
+pub fn share_path(container_id: &str, index: usize) -> String {
+    format!("{container_id}/{index}")
+}
+
+fn oci_mount(destination: &str, fstype: &str, source: &str, options: &[String]) -> Value {
+    let mut mount = Map::new();
+    mount.insert("destination".into(), json!(destination));
+    mount.insert("type".into(), json!(fstype));
+    if !source.is_empty() {
+        mount.insert("source".into(), json!(source));
+    }
+    if !options.is_empty() {
+        mount.insert("options".into(), json!(options));
+    }
+    Value::Object(mount)
+}
+
+/// containerd and CRI-O keep a sandbox's shm in `.../<sandbox id>/.../shm`; a volume that a user mounts at `/dev/shm` lies
+/// elsewhere and stays a volume.
+fn is_pod_shm(source: &Path, destination: &str, sandbox_id: &str) -> bool {
+    lexical(Path::new(destination)) == Path::new("/dev/shm")
+        && (source == Path::new("/dev/shm")
+            || (source.ends_with("shm") && source.iter().any(|part| part.to_str() == Some(sandbox_id))))
+}
+
+/// Removes `.` and `..` by the letters of the path alone.
+fn lexical(path: &Path) -> PathBuf {
+    let mut clean = PathBuf::from("/");
+    for part in path.components() {
+        match part {
+            Component::Normal(name) => clean.push(name),
+            Component::ParentDir => {
+                clean.pop();
+            }
+            Component::CurDir | Component::RootDir | Component::Prefix(_) => {}
+        }
+    }
+    clean
+}
+
+fn refusal(source: &Path, destination: &str) -> Error {
+    Error::invalid(format!(
+        "mount \"{}\" to {destination:?}: devices and kernel files of the host are not available in the guest",
+        source.display()
+    ))
+}
+
+/// Puts the plan's binds into the share; on error none is left there.
+///
+/// A source that does not exist is refused in runc's words. Not cancel safe: run it as a job.
+pub async fn attach(host: &HostThread, share: &ShareRoot, container_id: &str, plan: &VolumePlan) -> Result<()> {
+    if plan.binds.is_empty() {
+        return Ok(());
+    }
+    let binds = plan.binds.clone();
+    // Not on the host thread: a source is what the host's own mount table says now.
+    let opened = tokio::task::spawn_blocking(move || binds.into_iter().map(open).collect::<Result<Vec<_>>>());
+    let trees = opened.await.map_err(|error| Error::internal(format!("open the volumes: {error}")))??;
+    let (share, container_id) = (share.clone(), container_id.to_owned());
+    let attached = host.run(move || {
+        let attach_one = |(bind, tree): (Bind, Tree)| -> Result<()> {
+            let relative = PathBuf::from(share_path(&container_id, bind.index));
+            let target = share.mount_point(&relative, tree.is_dir())?;
+            tree.attach(&target, bind.access, bind.propagation).map_err(|error| {
+                error.context(format!("mount \"{}\" to {:?}", bind.source.display(), bind.destination))
+            })
+        };
+        let count = trees.len();
+        let attached = trees.into_iter().try_for_each(attach_one);
+        if attached.is_err() {
+            for index in 0..count {
+                if let Err(error) = share.remove(Path::new(&share_path(&container_id, index))) {
+                    tracing::warn!(%error, "a volume of a container that failed is left in the share");
+                }
+            }
+        }
+        Ok(attached?)
+    });
+    Ok(attached.await?)
+}
+
+fn open(bind: Bind) -> Result<(Bind, Tree)> {
+    let context = || format!("error mounting \"{}\" to rootfs at {:?}", bind.source.display(), bind.destination);
+    let tree = Tree::open(&bind.source, bind.recursive).map_err(|error| error.context(context()))?;
+    // A symbolic link may have led to where the plan would not have gone.
+    if tree.is_kernel_file_system() || matches!(tree.file_type(), FileType::BlockDevice | FileType::CharacterDevice) {
+        return Err(refusal(&bind.source, &bind.destination));
+    }
+    Ok((bind, tree))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SANDBOX: &str = "5f2d";
+
+    fn plan(mounts: &Value) -> Result<VolumePlan> {
+        let owner = Owner { container_id: "web", sandbox_id: SANDBOX, bundle: Path::new("/bundle") };
+        plan_volumes(&json!({ "mounts": mounts }), owner)
+    }
+
+    fn bind(source: &str, destination: &str, options: &[&str]) -> Value {
+        json!({"destination": destination, "type": "bind", "source": source, "options": options})
+    }
+
+    #[test]
+    fn the_mounts_of_a_cri_container_become_the_golden_file() {
+        let spec: Value = serde_json::from_str(include_str!("testdata/cri-spec.json")).expect("is JSON");
+        let owner = Owner { container_id: "web", sandbox_id: SANDBOX, bundle: Path::new("/bundle") };
+        let plan = plan_volumes(&spec, owner).expect("is planned");
+        let binds: Vec<String> = plan
+            .binds
+            .iter()
+            .map(|bind| {
+                let how = if bind.recursive { "rbind" } else { "bind" };
+                format!("{} {} {how} {:?} {:?}", bind.index, bind.source.display(), bind.access, bind.propagation)
+            })
+            .collect();
+        let planned = json!({ "mounts": plan.guest_mounts, "binds": binds, "notes": plan.notes });
+        let planned = serde_json::to_string_pretty(&planned).expect("is JSON") + "\n";
+        assert_eq!(
+            planned,
+            include_str!("testdata/cri-volumes.json"),
+            "the plan differs from testdata/cri-volumes.json"
+        );
+    }
+
+    #[test]
+    fn only_the_sandbox_s_own_shm_is_the_pod_s() {
+        let shm = format!("/run/containerd/io.containerd.grpc.v1.cri/sandboxes/{SANDBOX}/shm");
+        let pod = plan(&json!([bind(&shm, "/dev/shm", &["rbind", "ro"])])).expect("is planned");
+        assert_eq!(pod.guest_mounts[0]["source"], "shm:");
+        assert_eq!(pod.guest_mounts[0]["options"], json!(["rbind", "ro"]));
+        let own = "/var/lib/kubelet/pods/1/volumes/kubernetes.io~empty-dir/shm";
+        let volume = plan(&json!([bind(own, "/dev/shm", &["rbind"])])).expect("is planned");
+        assert_eq!(volume.guest_mounts[0]["source"], "share:web/0");
+        let elsewhere = plan(&json!([bind(&shm, "/shm", &["rbind"])])).expect("is planned");
+        assert_eq!(elsewhere.guest_mounts[0]["source"], "share:web/0");
+    }
+
+    #[test]
+    fn kernel_file_systems_are_the_guest_s_and_what_lies_in_them_is_refused() {
+        let planned = plan(&json!([bind("/sys/fs/cgroup/", "/sys/fs/cgroup", &["rbind", "ro", "rslave"])]));
+        let planned = planned.expect("is planned");
+        assert_eq!(planned.guest_mounts[0]["type"], "cgroup");
+        assert_eq!(planned.guest_mounts[0]["options"], json!(["ro"]));
+        assert!(planned.binds.is_empty());
+        for source in ["/dev/fuse", "/proc/1/root", "/sys/class/net", "/srv/../dev/kvm"] {
+            let error = plan(&json!([bind(source, "/x", &["bind"])])).expect_err(source).to_string();
+            assert!(error.contains("to \"/x\": devices and kernel files"), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_last_access_option_wins_and_recursion_is_told_apart() {
+        let access = |options: &[&str]| plan(&json!([bind("/a", "/x", options)])).expect("is planned").binds[0].access;
+        assert_eq!(access(&["rbind"]), Access::Writable);
+        assert_eq!(access(&["ro", "rw"]), Access::Writable);
+        assert_eq!(access(&["rw", "ro"]), Access::ReadOnly);
+        assert_eq!(access(&["rro"]), Access::ReadOnlyRecursive);
+    }
+
+    #[test]
+    fn id_mappings_are_left_out_and_told() {
+        let mount = json!([{
+            "destination": "/data", "type": "bind", "source": "/a", "options": ["rbind", "ridmap"],
+            "uidMappings": [{"containerID": 0, "hostID": 65536, "size": 65536}]
+        }]);
+        let planned = plan(&mount).expect("is planned");
+        assert_eq!(planned.notes, ["mount at /data: id mapping is left out"]);
+        let text = planned.guest_mounts[0].to_string();
+        assert!(!text.contains("idmap") && !text.contains("Mappings"), "{text}");
+    }
+
+    #[test]
+    fn no_path_of_the_host_reaches_the_guest() {
+        let mounts = json!([
+            bind("/srv/secret", "/a", &["rbind"]),
+            bind("relative", "/b", &["bind"]),
+            {"destination": "/c", "type": "tmpfs", "source": "/srv/secret", "options": ["size=1m"]},
+        ]);
+        let planned = plan(&mounts).expect("is planned");
+        let guest = Value::Array(planned.guest_mounts).to_string();
+        assert!(!guest.contains("secret") && !guest.contains("bundle") && !guest.contains("relative"), "{guest}");
+        assert_eq!(planned.binds[1].source, Path::new("/bundle/relative"));
+    }
+
+    #[test]
+    fn broken_mounts_are_refused_by_name() {
+        let refused = |mount: Value| plan(&json!([mount])).expect_err("is refused").to_string();
+        assert!(refused(json!({"type": "tmpfs"})).contains("mounts[0]: destination"));
+        assert!(refused(json!({"destination": "/a", "type": "nfs"})).contains("\"nfs\""));
+        assert!(refused(json!({"destination": "/a", "type": "bind"})).contains("needs a source"));
+        assert!(refused(json!({"destination": 3})).contains("destination is not a string"));
+        assert!(refused(json!({"destination": "/a", "type": "tmpfs", "options": [1]})).contains("options"));
+    }
+}
