@@ -1,0 +1,60 @@
+# Every target is a line or two that calls cargo or a script in tools/; `make help` lists them.
+PREFIX ?= /usr/local
+DESTDIR ?=
+TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
+# Where tests, demo and bench find an installed Bulkhead; nothing outside the target directory is touched by them.
+STAGE := $(TARGET)/stage
+export BULKHEAD_PREFIX ?= $(STAGE)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build guest install stage dist demo test test-kvm check fmt lint bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## install what building and testing takes (Debian 12+ or Ubuntu, as root)
+	tools/setup.sh
+
+build: ## the shim, the node CLI and the guest's agent, optimised
+	cargo build --locked --release -p bulkhead-shim
+	tools/build-agent.sh
+
+guest: build ## the guest's kernel (cached) and initramfs
+	agent/guest/build-kernel.sh $(TARGET)/guest/vmlinux
+	agent/guest/build-initramfs.sh $(TARGET)/x86_64-unknown-linux-gnu/agent/bulkhead-agent $(TARGET)/guest/initramfs
+
+install: guest ## install under PREFIX (default /usr/local), below DESTDIR if given
+	tools/install.sh "$(DESTDIR)$(PREFIX)"
+
+stage: guest ## install into the target directory, for tests, demo and bench
+	tools/install.sh $(STAGE)
+
+dist: guest ## a tarball that installs on a machine without compilers
+	tools/dist.sh
+
+demo: ## set up, build and show one pod from start to end
+	tools/demo.sh
+
+test: stage ## every test, under TCG
+	cargo test --locked --workspace
+
+test-kvm: stage ## the core of the tests inside a node with KVM, vhost and pure cgroup v2
+	tools/test-kvm.sh
+
+check: lint ## what must pass before a change lands: format, lints, dependencies, unit tests
+	tools/deny.sh
+	cargo test --locked --workspace --exclude bulkhead-tests
+
+fmt: ## format the sources
+	cargo fmt --all
+
+lint: ## formatting and clippy, warnings refused
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets -- --deny warnings
+
+bench: stage ## times and memory against runc, as a table and as JSON
+	cargo run --locked --release -p bulkhead-tests --bin bench
+
+clean: ## remove what was built (the cache of kernels and tools stays)
+	cargo clean
+	rm -rf dist
