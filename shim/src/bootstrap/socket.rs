@@ -6,7 +6,7 @@
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::os::fd::AsFd;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -50,7 +50,7 @@ pub enum Claim {
 
 /// Binds the socket at `path`, unless a server answers there already. A socket that nobody serves is replaced.
 ///
-/// The file mode follows the umask.
+/// Its mode is 0600; the caller's umask should say as much, for the moment between.
 pub fn claim(path: &Path) -> anyhow::Result<Claim> {
     let dir = path.parent().unwrap_or(Path::new("/"));
     fs::DirBuilder::new()
@@ -62,7 +62,11 @@ pub fn claim(path: &Path) -> anyhow::Result<Claim> {
     let _lock = lock(dir)?;
     for _ in 0..2 {
         match UnixListener::bind(path) {
-            Ok(listener) => return Ok(Claim::Ours(listener)),
+            Ok(listener) => {
+                fs::set_permissions(path, fs::Permissions::from_mode(0o600))
+                    .with_context(|| format!("set the mode of socket {}", path.display()))?;
+                return Ok(Claim::Ours(listener));
+            }
             Err(error) if error.kind() == ErrorKind::AddrInUse => {}
             Err(error) => return Err(error).with_context(|| format!("bind socket {}", path.display())),
         }
