@@ -2,12 +2,11 @@
 PREFIX ?= /usr/local
 DESTDIR ?=
 TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
-# Where tests, demo and bench find an installed Bulkhead; nothing outside the target directory is touched by them.
-STAGE := $(TARGET)/stage
-export BULKHEAD_PREFIX ?= $(STAGE)
+# Kernels and tools that are built once and shared by checkouts.
+export BULKHEAD_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/bulkhead
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build guest install stage dist demo test test-kvm check fmt lint bench clean
+.PHONY: help setup build guest install dist demo test test-kvm check fmt lint bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,19 +25,16 @@ guest: build ## the guest's kernel (cached) and initramfs
 install: guest ## install under PREFIX (default /usr/local), below DESTDIR if given
 	tools/install.sh "$(DESTDIR)$(PREFIX)"
 
-stage: guest ## install into the target directory, for tests, demo and bench
-	tools/install.sh $(STAGE)
-
 dist: guest ## a tarball that installs on a machine without compilers
 	tools/dist.sh
 
 demo: ## set up, build and show one pod from start to end
 	tools/demo.sh
 
-test: stage ## every test, under TCG
+test: guest ## every test, under TCG
 	cargo test --locked --workspace
 
-test-kvm: stage ## the core of the tests inside a node with KVM, vhost and pure cgroup v2
+test-kvm: guest ## the core of the tests inside a node with KVM, vhost and pure cgroup v2
 	tools/test-kvm.sh
 
 check: lint ## what must pass before a change lands: format, lints, dependencies, unit tests
@@ -52,7 +48,7 @@ lint: ## formatting and clippy, warnings refused
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- --deny warnings
 
-bench: stage ## times and memory against runc, as a table and as JSON
+bench: guest ## times and memory against runc, as a table and as JSON
 	cargo run --locked --release -p bulkhead-tests --bin bench
 
 clean: ## remove what was built (the cache of kernels and tools stays)

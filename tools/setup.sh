@@ -3,7 +3,8 @@
 #
 # Distribution packages through apt (no daemon is started), Rust as rust-toolchain.toml pins it, a new enough Go,
 # virtiofsd and vhost-device-vsock from crates.io, crictl and two containerds from the Go modules under tests/tools.
-# What is built lands under $BULKHEAD_CACHE/tools/NAME-VERSION, with a link NAME beside it; a second run takes seconds.
+# What is built lands under $BULKHEAD_CACHE/tools/NAME-VERSION, with a link NAME beside it
+# and the programs themselves linked into tools/bin; a second run takes seconds.
 set -euo pipefail
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -143,16 +144,23 @@ setup_go() {
     PATH=$own/bin:$PATH
 }
 
-# publish DIRECTORY LINK: makes the finished DIRECTORY.new current under its own name and the one without a version.
-publish() {
-    mv -T "$tools/$1.new" "$tools/$1"
+# current DIRECTORY LINK: names DIRECTORY without its version too, and links its programs into bin/, except those of
+# which several versions are used side by side. Done on every run, as a checkout may go back to an older version.
+current() {
     ln -sfn "$1" "$tools/$2"
+    [[ $1 == containerd-* ]] || ln -sf "$tools/$2/bin/"* "$tools/bin/"
 }
 
-# Whether DIRECTORY is there already; LINK is set to it in any case, as a checkout may go back to an older version.
+# Makes the finished DIRECTORY.new current.
+publish() {
+    mv -T "$tools/$1.new" "$tools/$1"
+    current "$1" "$2"
+}
+
+# Whether DIRECTORY is there already, and then current.
 present() {
     [[ -d $tools/$1 ]] || return 1
-    ln -sfn "$1" "$tools/$2"
+    current "$1" "$2"
 }
 
 # setup_crate NAME VERSION [cargo install's flags]. Links C libraries statically, so that `make dist` needs none.
@@ -192,7 +200,7 @@ setup_go_module() {
 [[ $(uname -s)-$(uname -m) == Linux-x86_64 ]] || die "this is $(uname -s) on $(uname -m): only Linux on x86_64 is supported"
 command -v apt-get >/dev/null || die "apt-get was not found: Debian 12 or newer, or Ubuntu, is needed"
 ((EUID == 0)) || die "run as root: packages are installed, and everything that follows mounts and makes namespaces"
-mkdir -p "$tools"
+mkdir -p "$tools/bin"
 exec {lock}>"$cache/setup.lock"
 flock --nonblock "$lock" || { say "another run is at work, waiting"; flock "$lock"; }
 
