@@ -1,7 +1,8 @@
 //! Ids, and where a sandbox's run state lies.
 //!
-//! Each sandbox has one directory, `<state_dir>/<sandbox-id>`. `state_dir` is configuration, and `delete` gets none: so every
-//! bundle of a pod has a link to that directory, made by whoever meets the bundle first.
+//! Each sandbox has one directory, `<state_dir>/<sandbox-id>-<6 digits>`. The digits are of its socket's name: two namespaces, or
+//! two containerds, may well use one id at once, and what one removes must not be the other's. `state_dir` is configuration,
+//! and `delete` gets none: so every bundle of a pod has a link to that directory, made by whoever meets the bundle first.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -17,6 +18,12 @@ const LINK: &str = "bulkhead";
 
 /// Longest id, as in containerd.
 const MAX_ID_BYTES: usize = 76;
+
+/// Hexadecimal digits that tell sandboxes of the same id apart.
+const DIGITS: usize = 6;
+
+/// Longest path of a sandbox's directory: leaves names of 8 bytes for sockets in it, whose paths have 107 at most (unix(7)).
+const MAX_DIR_BYTES: usize = 98;
 
 /// Refuses an id that containerd would not make: letters and digits, with single `.`, `_` or `-` between them.
 ///
@@ -39,9 +46,27 @@ pub fn check_id(what: &str, id: &str) -> Result<()> {
     )))
 }
 
-/// Directory of a sandbox's run state. `sandbox_id` must have passed [`check_id`].
-pub fn sandbox_dir(state_dir: &Path, sandbox_id: &str) -> PathBuf {
-    state_dir.join(sandbox_id)
+/// Directory of the run state of the sandbox whose server has its socket at `socket_path`, a name of hexadecimal digits.
+///
+/// `sandbox_id` must have passed [`check_id`].
+pub fn sandbox_dir(state_dir: &Path, sandbox_id: &str, socket_path: &Path) -> Result<PathBuf> {
+    let name = socket_path.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
+    let digits = name.get(..DIGITS).unwrap_or_default();
+    let dir = state_dir.join(format!("{sandbox_id}-{digits}"));
+    if dir.as_os_str().len() > MAX_DIR_BYTES {
+        return Err(Error::invalid(format!(
+            "state directory {} of the sandbox is longer than {MAX_DIR_BYTES} bytes: choose a shorter state_dir or id",
+            dir.display()
+        )));
+    }
+    Ok(dir)
+}
+
+/// Whether `sandbox_dir` is that of the sandbox `id`, of whatever namespace.
+pub fn is_dir_of(sandbox_dir: &Path, id: &str) -> bool {
+    let name = sandbox_dir.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
+    let digits = name.strip_prefix(id).and_then(|rest| rest.strip_prefix('-'));
+    digits.is_some_and(|digits| digits.len() == DIGITS && digits.bytes().all(|byte| byte.is_ascii_hexdigit()))
 }
 
 /// Makes `bundle` point at the run state of its sandbox, which need not exist yet. Safe to repeat.
@@ -86,6 +111,33 @@ mod tests {
             let said = check_id("sandbox id", id).expect_err(id).to_string();
             assert!(said.starts_with(&format!("sandbox id {id:?} is not accepted")), "{said}");
         }
+    }
+
+    #[test]
+    fn the_same_id_in_two_namespaces_has_two_directories() {
+        let state_dir = Path::new("/run/bulkhead");
+        let dir = |socket| sandbox_dir(state_dir, "web", Path::new(socket)).expect("is short");
+        assert_eq!(dir("/run/s/0123456789"), Path::new("/run/bulkhead/web-012345"));
+        assert_ne!(dir("/run/s/0123456789"), dir("/run/s/1123456789"));
+    }
+
+    #[test]
+    fn the_longest_id_fits_the_default_place_and_not_a_deep_one() {
+        let socket = Path::new("/run/s/0123456789");
+        let id = "x".repeat(76);
+        sandbox_dir(Path::new("/run/bulkhead"), &id, socket).expect("fits");
+        assert!(sandbox_dir(Path::new("/var/lib/deep/bulkhead"), &id, socket).is_err());
+    }
+
+    #[test]
+    fn a_directory_belongs_to_one_id() {
+        let dir = Path::new("/run/bulkhead/web-0a1b2c");
+        assert!(is_dir_of(dir, "web"));
+        for other in ["we", "web-0a1b2c", "web-", "w", ""] {
+            assert!(!is_dir_of(dir, other), "{other}");
+        }
+        assert!(is_dir_of(Path::new("/x/web-0a1b2c-ffffff"), "web-0a1b2c"));
+        assert!(!is_dir_of(Path::new("/x/web-0a1b2c-ffffff"), "web"));
     }
 
     #[test]

@@ -26,9 +26,9 @@ type Test = (&'static str, fn(&Bed));
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
     if words.first().is_some_and(|word| word == AS_SHIM || word == "-info" || word == "-v") {
-        return bootstrap::main(describe_and_wait);
+        return bootstrap::main(describe_and_wait, tear_down);
     }
-    let tests: [Test; 13] = [
+    let tests: [Test; 15] = [
         ("an_old_caller_gets_the_bare_address_of_a_server_that_answers", an_old_caller),
         ("a_new_caller_gets_a_message", a_new_caller),
         ("the_server_keeps_nothing_of_its_caller", the_server_keeps_nothing_of_its_caller),
@@ -40,6 +40,8 @@ fn main() -> ExitCode {
         ("mistakes_are_one_line_and_leave_no_socket", mistakes),
         ("stdin_that_stays_open_is_an_error", stdin_that_stays_open),
         ("delete_of_a_member_leaves_the_server_alone", delete_of_a_member),
+        ("delete_of_a_sandbox_removes_the_pod", delete_of_a_sandbox),
+        ("delete_of_a_member_of_a_dead_pod_removes_the_pod", delete_of_a_member_of_a_dead_pod),
         ("delete_may_be_repeated_and_unmounts_the_rootfs", delete_is_idempotent),
         ("info_and_version_need_nothing", info_and_version),
     ];
@@ -75,6 +77,7 @@ async fn describe_and_wait(config: ServeConfig) -> anyhow::Result<()> {
         "cwd": std::env::current_dir()?,
         "files": open_files,
         "environment": environment,
+        "sandbox_dir": config.sandbox_dir,
         "sandbox_id": config.sandbox_id,
         "namespace": config.namespace,
         "bundle": config.bundle,
@@ -84,6 +87,8 @@ async fn describe_and_wait(config: ServeConfig) -> anyhow::Result<()> {
         "oom_score_adj": fs::read_to_string("/proc/self/oom_score_adj")?.trim(),
     });
     tracing::info!(sandbox_id = config.sandbox_id, "serving");
+    fs::create_dir_all(&config.sandbox_dir)?;
+    fs::write(config.sandbox_dir.join("pid"), std::process::id().to_string())?;
     let about = about.to_string();
     tokio::task::spawn_blocking(move || {
         loop {
@@ -101,6 +106,23 @@ async fn describe_and_wait(config: ServeConfig) -> anyhow::Result<()> {
         }
     })
     .await?
+}
+
+/// Stands for the removal of a pod: kills the server by its journal, then removes the directory.
+fn tear_down(sandbox_dir: &Path) -> anyhow::Result<()> {
+    let pid: i32 = fs::read_to_string(sandbox_dir.join("pid"))?.parse()?;
+    let pid = nix::unistd::Pid::from_raw(pid);
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).is_ok() && !is_zombie(pid.as_raw()) {
+        anyhow::ensure!(Instant::now() < deadline, "the server does not die");
+    }
+    Ok(fs::remove_dir_all(sandbox_dir)?)
+}
+
+/// Killed, and not yet reaped by whoever inherited it.
+fn is_zombie(pid: i32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('Z'))
 }
 
 /// Directories of one test, and the servers it started.
@@ -169,6 +191,15 @@ impl Bed {
         (bundle, address_of(&output))
     }
 
+    /// A container of a pod, as far as the service would have brought it: its bundle links to the run state.
+    fn member(&self, id: &str, sandbox_id: &str) -> PathBuf {
+        let bundle = self.bundle(id, Some(member(sandbox_id)));
+        address_of(&self.start(id, &bundle, b""));
+        let sandbox_dir = fs::read_link(self.dir.path().join(sandbox_id).join("bulkhead")).expect("is linked");
+        bulkhead_shim::paths::link_bundle(&bundle, &sandbox_dir).expect("links");
+        bundle
+    }
+
     fn delete(&self, id: &str, bundle: &Path) -> DeleteResponse {
         let output = self.shim(id, bundle).arg("-bundle").arg(bundle).arg("delete").output().expect("runs");
         assert!(output.status.success(), "{output:?}");
@@ -187,6 +218,12 @@ impl Drop for Bed {
                 stream.read_to_end(&mut Vec::new()).expect("answers");
             }
             drop(fs::remove_file(socket(&address)));
+        }
+        // What a pod's end or `delete` removes in earnest; a test that ends with a living server has it left.
+        for bundle in fs::read_dir(self.dir.path()).into_iter().flatten().flatten() {
+            if let Ok(sandbox_dir) = fs::read_link(bundle.path().join("bulkhead")) {
+                drop(fs::remove_dir_all(sandbox_dir));
+            }
         }
     }
 }
@@ -274,7 +311,9 @@ fn the_server_keeps_nothing_of_its_caller(bed: &Bed) {
     let own: i32 = fs::read_to_string("/proc/self/oom_score_adj").expect("reads").trim().parse().expect("is a number");
     assert_eq!(about["oom_score_adj"], json!((own + 1).min(1000).to_string()));
     let target = fs::read_link(bundle.join("bulkhead")).expect("is linked");
-    assert_eq!(target, Path::new("/run/bulkhead/a"));
+    assert_eq!(about["sandbox_dir"], json!(target));
+    let (place, digits) = target.to_str().expect("is text").rsplit_once('-').expect("has digits");
+    assert_eq!((place, digits), ("/run/bulkhead/a", &address.rsplit_once('/').expect("is a path").1[..6]));
 }
 
 fn start_twice(bed: &Bed) {
@@ -320,11 +359,7 @@ fn a_dead_socket_is_replaced(bed: &Bed) {
     let first = ask(&address)["pid"].as_i64().expect("is a number");
     let pid = nix::unistd::Pid::from_raw(i32::try_from(first).expect("fits"));
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).expect("is killed");
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while UnixStream::connect(socket(&address)).is_ok() {
-        assert!(Instant::now() < deadline, "the server is killed and still answers");
-        std::thread::yield_now();
-    }
+    wait_for_silence(&address);
     assert_eq!(address_of(&bed.start("a", &bundle, b"")), address);
     assert_ne!(ask(&address)["pid"].as_i64(), Some(first));
 }
@@ -370,15 +405,45 @@ fn stdin_that_stays_open(bed: &Bed) {
 fn delete_of_a_member(bed: &Bed) {
     let (_, address) = bed.sandbox("pod");
     let pid = ask(&address)["pid"].clone();
-    let bundle = bed.bundle("c1", Some(member("pod")));
-    bed.start("c1", &bundle, b"");
-    std::os::unix::fs::symlink("/run/bulkhead/pod", bundle.join("bulkhead")).expect("links");
+    let bundle = bed.member("c1", "pod");
     let begun = Instant::now();
     let response = bed.delete("c1", &bundle);
     println!("delete took {:?}", begun.elapsed());
     assert_eq!(response.exit_status, 137);
     assert!(response.exited_at.seconds > 1_600_000_000);
     assert_eq!(ask(&address)["pid"], pid);
+}
+
+fn delete_of_a_sandbox(bed: &Bed) {
+    let (bundle, address) = bed.sandbox("pod");
+    let member = bed.member("c1", "pod");
+    let sandbox_dir = fs::read_link(bundle.join("bulkhead")).expect("is linked");
+    assert!(ask(&address)["pid"].is_number() && sandbox_dir.join("pid").exists());
+    assert_eq!(bed.delete("pod", &bundle).exit_status, 137);
+    assert!(!sandbox_dir.exists() && !socket(&address).exists());
+    // containerd asks for each container of a pod, and does not mind the order.
+    assert_eq!(bed.delete("c1", &member).exit_status, 137);
+    assert_eq!(bed.delete("pod", &bundle).exit_status, 137);
+}
+
+fn delete_of_a_member_of_a_dead_pod(bed: &Bed) {
+    let (bundle, address) = bed.sandbox("pod");
+    let member = bed.member("c1", "pod");
+    let sandbox_dir = fs::read_link(bundle.join("bulkhead")).expect("is linked");
+    let pid = ask(&address)["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok()).expect("is a pid");
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL).expect("is killed");
+    wait_for_silence(&address);
+    assert_eq!(bed.delete("c1", &member).exit_status, 137);
+    assert!(!sandbox_dir.exists() && !socket(&address).exists());
+    assert_eq!(bed.delete("pod", &bundle).exit_status, 137);
+}
+
+fn wait_for_silence(address: &str) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while UnixStream::connect(socket(address)).is_ok() {
+        assert!(Instant::now() < deadline, "the server is killed and still answers");
+        std::thread::yield_now();
+    }
 }
 
 fn delete_is_idempotent(bed: &Bed) {

@@ -7,7 +7,9 @@
 
 use std::fs;
 use std::io::ErrorKind;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use containerd_shim_protos::api::DeleteResponse;
@@ -26,15 +28,30 @@ const KILLED: u32 = 137;
 /// Mounts on top of each other on a rootfs at most.
 const MAX_LAYERS: usize = 64;
 
-/// Does what `delete` is for and returns the bytes to print.
-pub fn run(flags: &Flags) -> anyhow::Result<Vec<u8>> {
+/// A server that was told to end is given this long to do so by itself; it does most of what teardown would.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+/// Does what `delete` is for and returns the bytes to print. `teardown`: see [`super::main`].
+pub fn run(flags: &Flags, teardown: fn(&Path) -> anyhow::Result<()>) -> anyhow::Result<Vec<u8>> {
     paths::check_id("container id", &flags.id)?;
     let bundle = match flags.bundle.as_os_str() {
         dir if dir.is_empty() => std::env::current_dir().context("find the bundle, the working directory")?,
         _ => flags.bundle.clone(),
     };
-    if !(is_member(&flags.id, &bundle)? && server_answers(&bundle)?) {
-        remove_pod(&bundle)?;
+    let server = Server::of_bundle(&bundle)?;
+    let sandbox_dir = paths::linked_sandbox_dir(&bundle)?;
+    match sandbox_dir {
+        // One of several of a pod that lives on.
+        Some(dir) if !paths::is_dir_of(&dir, &flags.id) && server.answers()? => {}
+        Some(dir) => {
+            server.wait_for_end()?;
+            if dir.exists() {
+                teardown(&dir).with_context(|| format!("tear down {}", dir.display()))?;
+            }
+            server.remove_dead_socket()?;
+        }
+        // No server was ever made from this bundle.
+        None => {}
     }
     unmount_rootfs(&bundle.join("rootfs"))?;
     // Nobody knows any more how and when it ended; this is what runc's shim says then.
@@ -46,37 +63,41 @@ pub fn run(flags: &Flags) -> anyhow::Result<Vec<u8>> {
     response.write_to_bytes().context("encode the answer")
 }
 
-/// Whether the container is one of several of a pod, and not its sandbox.
-fn is_member(id: &str, bundle: &Path) -> anyhow::Result<bool> {
-    let sandbox_dir = paths::linked_sandbox_dir(bundle)?;
-    Ok(sandbox_dir.is_some_and(|dir| dir.file_name().is_some_and(|sandbox_id| sandbox_id != id)))
+/// The server that a bundle's `address` names; none if the bundle has no such file.
+struct Server {
+    socket_path: Option<PathBuf>,
 }
 
-fn server_answers(bundle: &Path) -> anyhow::Result<bool> {
-    match socket_of(bundle)? {
-        Some(path) => socket::answers(Path::new(&path)),
-        None => Ok(false),
+impl Server {
+    fn of_bundle(bundle: &Path) -> anyhow::Result<Self> {
+        let path = bundle.join("address");
+        let socket_path = match fs::read_to_string(&path) {
+            Ok(address) => address.trim().strip_prefix("unix://").map(PathBuf::from),
+            Err(error) if error.kind() == ErrorKind::NotFound => None,
+            Err(error) => return Err(error).with_context(|| format!("read {}", path.display())),
+        };
+        Ok(Self { socket_path })
     }
-}
 
-fn socket_of(bundle: &Path) -> anyhow::Result<Option<String>> {
-    let path = bundle.join("address");
-    match fs::read_to_string(&path) {
-        Ok(address) => Ok(address.trim().strip_prefix("unix://").map(str::to_owned)),
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error).with_context(|| format!("read {}", path.display())),
+    fn answers(&self) -> anyhow::Result<bool> {
+        self.socket_path.as_deref().map_or(Ok(false), socket::answers)
     }
-}
 
-/// Removes everything that the server of this bundle's pod had made. Nothing is left, or an error says what.
-fn remove_pod(bundle: &Path) -> anyhow::Result<()> {
-    if let Some(socket_path) = socket_of(bundle)? {
-        let socket_path = Path::new(&socket_path);
-        if !socket::answers(socket_path)? {
-            socket::remove(socket_path)?;
+    /// Returns after [`FAREWELL`] at most, whether it has ended or not.
+    fn wait_for_end(&self) -> anyhow::Result<()> {
+        let deadline = Instant::now() + FAREWELL;
+        while self.answers()? && Instant::now() < deadline {
+            thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+
+    fn remove_dead_socket(&self) -> anyhow::Result<()> {
+        match &self.socket_path {
+            Some(path) if !socket::answers(path)? => socket::remove(path),
+            _ => Ok(()),
         }
     }
-    Ok(())
 }
 
 /// Unmounts whatever is mounted on `rootfs` in this mount namespace; containerd removes the bundle with all that is in it.

@@ -5,7 +5,7 @@
 //! - `delete` removes what a container left, with no help from a server.
 //! - `-info` and `-v` say what this is.
 //!
-//! What a server does is none of this module's business: it gets its [`ServeConfig`] and the function to call from `main`.
+//! What a server does, and what a pod consists of, is none of this module's business: `main` is given the functions to call.
 //! Answers go to stdout, byte for byte; an error is one line on stderr and a non-zero exit.
 //!
 //! <https://github.com/containerd/containerd/blob/main/core/runtime/v2/README.md>
@@ -21,6 +21,7 @@ mod start;
 
 use std::future::Future;
 use std::io::{self, Write};
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context;
@@ -31,12 +32,16 @@ pub use serve::ServeConfig;
 /// Name of the runtime, as containerd's configuration spells it.
 pub const RUNTIME_NAME: &str = "io.containerd.bulkhead.v2";
 
-/// The whole program; `serve` is run, on a runtime, in the process that is a pod's server.
-pub fn main<F>(serve: impl FnOnce(ServeConfig) -> F) -> ExitCode
+/// The whole program.
+///
+/// `serve` is run, on a runtime, in the process that is a pod's server. `teardown` gets the directory of a sandbox's run state
+/// and removes everything that is written down there, the server's process first if it still lives, the directory last. It
+/// may find half of it gone, and several may run at once for one sandbox.
+pub fn main<F>(serve: impl FnOnce(ServeConfig) -> F, teardown: fn(&Path) -> anyhow::Result<()>) -> ExitCode
 where
     F: Future<Output = anyhow::Result<()>>,
 {
-    match run(serve) {
+    match run(serve, teardown) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // containerd shows this text to users as it is; a server's stderr is /dev/null.
@@ -46,7 +51,7 @@ where
     }
 }
 
-fn run<F>(serve: impl FnOnce(ServeConfig) -> F) -> anyhow::Result<()>
+fn run<F>(serve: impl FnOnce(ServeConfig) -> F, teardown: fn(&Path) -> anyhow::Result<()>) -> anyhow::Result<()>
 where
     F: Future<Output = anyhow::Result<()>>,
 {
@@ -57,7 +62,7 @@ where
     let flags = Flags::parse(words.collect::<anyhow::Result<Vec<_>>>()?)?;
     match flags.action {
         Action::Start => answer(&start::run(&flags)?),
-        Action::Delete => answer(&delete::run(&flags)?),
+        Action::Delete => answer(&delete::run(&flags, teardown)?),
         Action::Serve => serve::run(serve),
         Action::Info => answer(&info::run()?),
         Action::Version => {

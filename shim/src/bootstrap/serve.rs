@@ -37,6 +37,7 @@ pub(super) struct Handover {
     pub namespace: String,
     pub bundle: PathBuf,
     pub socket_path: PathBuf,
+    pub sandbox_dir: PathBuf,
     pub exe: PathBuf,
     pub grpc_address: String,
     pub ttrpc_address: Option<String>,
@@ -54,6 +55,8 @@ pub struct ServeConfig {
     pub listener: UnixListener,
     /// Where it is bound; the server removes it as its last act.
     pub socket_path: PathBuf,
+    /// Directory of the run state; not made yet. Every bundle of the pod must link to it: [`crate::paths::link_bundle`].
+    pub sandbox_dir: PathBuf,
     /// The sandbox, or the lone container.
     pub sandbox_id: String,
     /// containerd's namespace.
@@ -80,12 +83,15 @@ pub struct ServeConfig {
 
 impl ServeConfig {
     /// Takes the runtime options of a Create into account, which under CRI-O are the first to come: a protobuf `Any` by its
-    /// fields, empty for none. Changes nothing once options were given. Blocks on the file system.
+    /// fields, empty for none. Changes nothing once options were given, and never the place of the run state, which `delete`
+    /// must find. Blocks on the file system.
     pub fn adopt_options(&mut self, type_url: &str, value: &[u8]) -> crate::error::Result<()> {
         if self.options_given || type_url.is_empty() {
             return Ok(());
         }
-        self.config = Config::load(&RuntimeOptions::decode(type_url, value)?)?;
+        let adopted = Config::load(&RuntimeOptions::decode(type_url, value)?)?;
+        let state_dir = std::mem::take(&mut self.config.state_dir);
+        self.config = Config { state_dir, ..adopted };
         self.options_given = true;
         Ok(())
     }
@@ -100,6 +106,7 @@ impl ServeConfig {
         Ok(Self {
             listener,
             socket_path: handover.socket_path,
+            sandbox_dir: handover.sandbox_dir,
             sandbox_id: handover.sandbox_id,
             namespace: handover.namespace,
             bundle: handover.bundle,

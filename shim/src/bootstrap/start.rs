@@ -94,8 +94,7 @@ fn make_server(flags: &Flags, input: &Input, bundle: &Path, socket_path: &Path) 
         Claim::Taken => return Ok(()),
         Claim::Ours(listener) => listener,
     };
-    let made = paths::link_bundle(bundle, &paths::sandbox_dir(&config.state_dir, &flags.id))
-        .and_then(|()| spawn(flags, input, bundle, socket_path, config, listener));
+    let made = spawn(flags, input, bundle, socket_path, config, listener);
     if made.is_err() {
         // The error that made the socket useless is the one to tell.
         drop(socket::remove(socket_path));
@@ -112,12 +111,15 @@ fn spawn(
     listener: UnixListener,
 ) -> anyhow::Result<()> {
     let shim_cgroup = input.options.as_ref().map(|options| options.shim_cgroup.clone()).unwrap_or_default();
+    let sandbox_dir = paths::sandbox_dir(&config.state_dir, &flags.id, socket_path)?;
+    paths::link_bundle(bundle, &sandbox_dir)?;
     let exe = std::env::current_exe().context("find the binary that is running")?;
     let handover = Handover {
         sandbox_id: flags.id.clone(),
         namespace: flags.namespace.clone(),
         bundle: bundle.to_owned(),
         socket_path: socket_path.to_owned(),
+        sandbox_dir,
         exe: exe.clone(),
         grpc_address: input.grpc_address.clone(),
         ttrpc_address: input.ttrpc_address.clone(),
