@@ -13,6 +13,7 @@ pub mod metrics;
 pub mod namespace;
 pub mod paths;
 pub mod process;
+pub mod qemu;
 pub mod seccomp;
 pub mod sizing;
 pub mod storage;
