@@ -11,6 +11,7 @@ pub mod host;
 pub mod log;
 pub mod metrics;
 pub mod namespace;
+pub mod network;
 pub mod paths;
 pub mod process;
 pub mod qemu;

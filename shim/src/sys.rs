@@ -52,6 +52,30 @@ pub fn watch(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     Ok(unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?)
 }
 
+/// Makes the tap device `name` in the calling thread's network namespace; it lasts as long as the file.
+///
+/// With virtio-net headers and one queue. Fails if the name is taken.
+pub fn open_tap(name: &str) -> io::Result<OwnedFd> {
+    /// `struct ifreq` of linux/if.h, with its union reduced to the flags.
+    #[repr(C)]
+    struct IfReq {
+        name: [u8; libc::IFNAMSIZ],
+        flags: i16,
+        rest: [u8; 22],
+    }
+    let mut request = IfReq { name: [0; libc::IFNAMSIZ], flags: 0, rest: [0; 22] };
+    if name.is_empty() || name.len() >= request.name.len() {
+        return Err(io::Error::from_raw_os_error(libc::ENAMETOOLONG));
+    }
+    request.name[..name.len()].copy_from_slice(name.as_bytes());
+    request.flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_TUN_EXCL) as i16;
+    let file = std::fs::OpenOptions::new().read(true).write(true).open("/dev/net/tun")?;
+    // SAFETY: TUNSETIFF reads and writes one `struct ifreq`, whose layout and size `IfReq` has, and keeps no pointer to it.
+    #[expect(unsafe_code, reason = "no crate wraps TUNSETIFF")]
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, std::ptr::from_mut(&mut request)) };
+    if result == 0 { Ok(file.into()) } else { Err(io::Error::last_os_error()) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

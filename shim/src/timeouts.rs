@@ -26,3 +26,5 @@ pub const GUEST_SHUTDOWN: Duration = Duration::from_secs(5);
 pub const CHILD_EXIT: Duration = Duration::from_secs(5);
 /// containerd takes one event.
 pub const EVENT_FORWARD: Duration = Duration::from_secs(5);
+/// Everything that is asked of the kernel about a pod's network, in one visit of its namespace.
+pub const NETWORK: Duration = Duration::from_secs(10);
