@@ -48,6 +48,8 @@ pub fn run(flags: &Flags, teardown: fn(&Path) -> anyhow::Result<()>) -> anyhow::
             if dir.exists() {
                 teardown(&dir).with_context(|| format!("tear down {}", dir.display()))?;
             }
+            // Of a process that was killed, a thread may hold the socket a moment longer than the first one is to be seen.
+            server.wait_for_end()?;
             server.remove_dead_socket()?;
         }
         // No server was ever made from this bundle.

@@ -6,7 +6,7 @@
 use std::fs;
 use std::io::Write;
 use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -202,7 +202,8 @@ fn join_cgroup(pid: u32, cgroup: &str) -> anyhow::Result<()> {
 /// Writes the file by which containerd before 2.0 and CRI-O find the server again after a restart. All at once or not at all.
 pub fn write_address(bundle: &Path, address: &str) -> anyhow::Result<()> {
     let path = bundle.join("address");
-    let unfinished: PathBuf = bundle.join(".address");
+    // A name of this process's own: two starts of one sandbox may get here at once.
+    let unfinished = bundle.join(format!(".address-{}", std::process::id()));
     fs::write(&unfinished, address)
         .and_then(|()| fs::rename(&unfinished, &path))
         .with_context(|| format!("write {}", path.display()))
