@@ -5,6 +5,7 @@
 pub mod annotations;
 pub mod bootstrap;
 pub mod config;
+pub mod device;
 pub mod error;
 pub mod events;
 pub mod host;
