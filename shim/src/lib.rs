@@ -21,5 +21,6 @@ pub mod sizing;
 pub mod storage;
 pub mod tail;
 pub mod timeouts;
+pub mod vm;
 
 pub mod sys;
