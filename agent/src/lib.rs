@@ -1,1 +1,35 @@
-//! The agent of a Bulkhead guest.
+//! The agent of a Bulkhead guest: PID 1, and all there is in the initramfs.
+//!
+//! ```text
+//! init ──> server ──> pod ──> sandbox ──> network
+//!                      └────> container ──> process ──> stdio ──> link ──> host
+//!                                  ├──> mount ──> device
+//!                                  ├──> cgroup ──> filter
+//!                                  └──> runtime (spawner, workers: libcontainer)
+//! ```
+//!
+//! [`reaper`] owns every exit, [`events`] tells them in order. Nothing here polls or knows a path of the host.
+
+pub mod cgroup;
+pub mod clock;
+pub mod container;
+pub mod device;
+pub mod error;
+pub mod events;
+pub mod filter;
+pub mod init;
+pub mod link;
+pub mod metrics;
+pub mod mount;
+pub mod network;
+pub mod oom;
+pub mod passwd;
+pub mod pod;
+pub mod process;
+pub mod reaper;
+pub mod runtime;
+pub mod sandbox;
+pub mod server;
+pub mod spec;
+pub mod stdio;
+pub mod sys;

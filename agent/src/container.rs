@@ -1,0 +1,484 @@
+//! One container: its rootfs, cgroup, init and execs, from creation to deletion.
+//!
+//! Owned by [`crate::pod::Pod`]. Order is a promise: an exec's exit comes before the init's, an OOM before the exit it
+//! caused, the last statistics before the init's exit.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bulkhead_proto::agent as api;
+use oci_spec::runtime::{LinuxResources, LinuxSeccomp};
+use tokio_util::sync::CancellationToken;
+
+use crate::cgroup::Cgroup;
+use crate::error::{During, Error, Result};
+use crate::mount::{self, Stack};
+use crate::pod::Services;
+use crate::process::{Phase, Process};
+use crate::reaper::ExitStatus;
+use crate::runtime::{Exec, Request, Started, create::NOTIFY_FILE};
+use crate::sandbox::{Stages, set_sysctl};
+use crate::spec::{self, Guest, Spec};
+use crate::stdio::{self, Plan, Streams};
+use crate::{metrics, oom, passwd};
+
+/// Directories of containers: rootfs, layers, bundle.
+const CONTAINERS: &str = "/run/bulkhead/containers";
+/// libcontainer's own state.
+const STATE: &str = "/run/bulkhead/oci";
+/// How long execs may take to die with their container.
+const EXECS_GONE: Duration = Duration::from_secs(10);
+/// Names of files end here; ids of containerd have 64 letters.
+const ID_AT_MOST: usize = 200;
+
+/// Signals that end a program which does not handle them.
+const TERMINATING: [i32; 5] = [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM, libc::SIGKILL];
+
+/// A container; see the module's documentation.
+pub struct Container {
+    /// Its id.
+    pub id: String,
+    directory: PathBuf,
+    cgroup: Cgroup,
+    rootfs: Mutex<Stack>,
+    init: Arc<Process>,
+    execs: Mutex<HashMap<String, Registered>>,
+    seccomp: Option<LinuxSeccomp>,
+    oom: oom::Watch,
+    paused: Mutex<bool>,
+    cancel: CancellationToken,
+}
+
+/// An exec and what it was registered with.
+#[derive(Clone)]
+struct Registered {
+    process: Arc<Process>,
+    spec: Arc<oci_spec::runtime::Process>,
+    json: Vec<u8>,
+}
+
+/// Checks an id of the shim's: it becomes a file name.
+pub fn check_id(id: &str) -> Result<()> {
+    let fits = |letter: char| letter.is_ascii_alphanumeric() || matches!(letter, '_' | '.' | '-' | '+');
+    if id.is_empty() || id.len() > ID_AT_MOST || id.starts_with('.') || !id.chars().all(fits) {
+        return Err(Error::invalid(format!(
+            "{id:?} is not a container id: 1 to {ID_AT_MOST} letters, digits, '_', '-', '+' or '.', the first not '.'"
+        )));
+    }
+    Ok(())
+}
+
+impl Container {
+    /// Prepares a container up to its init waiting for the start. On error nothing is left.
+    pub async fn create(
+        services: &Arc<Services>,
+        request: api::CreateContainerRequest,
+        pid_namespace: Option<String>,
+    ) -> Result<(Arc<Self>, api::CreateContainerResponse)> {
+        let id = request.container_id.clone();
+        let directory = Path::new(CONTAINERS).join(&id);
+        let mut rootfs = Stack::default();
+        let created = Self::build(services, request, pid_namespace, &directory, &mut rootfs).await;
+        match created {
+            Ok((mut container, exit, response)) => {
+                *container.rootfs() = rootfs;
+                let container = {
+                    container.directory = directory;
+                    Arc::new(container)
+                };
+                services.tracker.spawn(Arc::clone(&container).supervise(Arc::clone(services), exit));
+                services.tracker.spawn(Arc::clone(&container).watch_oom(Arc::clone(services)));
+                Ok((container, response))
+            }
+            Err(error) => {
+                let undone = tokio::task::spawn_blocking(move || clean_up(&id, &directory, rootfs)).await;
+                if let Err(problem) = undone.during(|| "clean up").and_then(|undone| undone) {
+                    tracing::warn!(error = %problem, "failed container left something behind");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn build(
+        services: &Arc<Services>,
+        request: api::CreateContainerRequest,
+        pid_namespace: Option<String>,
+        directory: &Path,
+        mounts: &mut Stack,
+    ) -> Result<(Self, tokio::sync::oneshot::Receiver<ExitStatus>, api::CreateContainerResponse)> {
+        let id = request.container_id;
+        let mut stages = Stages::start();
+        let stdio = Plan::parse(request.stdio)?;
+        let rootfs = directory.join("rootfs");
+        let guest = Guest { container_id: &id, rootfs: &rootfs, pid_namespace, terminal: stdio.terminal };
+        let mut spec = spec::rewrite(&request.spec_json, &guest)?;
+
+        fs::create_dir_all(&rootfs).during(|| "create the container's directory")?;
+        fs::create_dir_all(STATE).during(|| "create the runtime's directory")?;
+        mounts.mount(request.rootfs, &directory.join("layers"), &rootfs).await?;
+        stages.done("rootfs");
+
+        for path in &spec.shared {
+            mount::shared(path)?;
+        }
+        for (name, value) in &spec.sysctls {
+            set_sysctl(name, value)?;
+        }
+        prepare_process(&mut spec, &rootfs)?;
+        let cgroup = Cgroup::create(&id)?;
+        cgroup.apply(&spec.resources)?;
+        cgroup.filter_devices(&spec.resources)?;
+        let oom = oom::Watch::new(cgroup.directory())?;
+        let config = serde_json::to_vec(&spec.config).during(|| "write config.json")?;
+        fs::write(directory.join("config.json"), config).during(|| "write config.json")?;
+        stages.done("prepare");
+
+        let user = spec.process.user();
+        let (child, ends) = stdio::open(&stdio, user.uid(), user.gid())?;
+        let run = Request::Create {
+            id: id.clone(),
+            bundle: directory.to_owned(),
+            state: PathBuf::from(STATE),
+            terminal: stdio.terminal,
+        };
+        let (started, exit) = services.spawn(run, child.0).await.map_err(unable)?;
+        stages.done("create");
+
+        let init = Arc::new(Process::new(String::new(), stdio, Arc::clone(&services.reaper)));
+        let pid = started.pid;
+        let attached = Streams::run(&init.stdio, ends, started.terminal, &services.host);
+        match attached {
+            Ok(streams) => init.attach(pid, streams),
+            Err(error) => {
+                cgroup.kill()?;
+                return Err(error);
+            }
+        }
+        let container = Self {
+            id,
+            directory: PathBuf::new(),
+            cgroup,
+            rootfs: Mutex::default(),
+            init,
+            execs: Mutex::default(),
+            seccomp: spec.seccomp,
+            oom,
+            paused: Mutex::new(false),
+            cancel: services.cancel.child_token(),
+        };
+        let response = api::CreateContainerResponse { guest_pid: pid as u32, stages: stages.stages };
+        Ok((container, exit, response))
+    }
+
+    /// The init, or an exec.
+    pub fn process(&self, exec_id: &str) -> Result<Arc<Process>> {
+        if exec_id.is_empty() {
+            return Ok(Arc::clone(&self.init));
+        }
+        let found = self.execs().get(exec_id).map(|registered| Arc::clone(&registered.process));
+        found.ok_or_else(|| Error::not_found(format!("exec {exec_id} of container {} does not exist", self.id)))
+    }
+
+    /// Lets the waiting init run its program.
+    pub async fn start(&self) -> Result<api::StartProcessResponse> {
+        let mut stages = Stages::start();
+        self.init.advance(Phase::Created, Phase::Running)?;
+        let socket = Path::new(STATE).join(&self.id).join(NOTIFY_FILE);
+        let told = tokio::task::spawn_blocking(move || -> std::io::Result<()> {
+            let mut socket = UnixStream::connect(socket)?;
+            socket.write_all(b"start container")
+        });
+        told.await.during(|| "start the container")?.during(|| "start the container")?;
+        stages.done("start");
+        Ok(api::StartProcessResponse { guest_pid: self.init.pid().unwrap_or(0) as u32, stages: stages.stages })
+    }
+
+    /// Registers an exec; the same registration may be repeated.
+    pub fn create_process(&self, services: &Services, request: api::CreateProcessRequest) -> Result<()> {
+        check_id(&request.exec_id)?;
+        let stdio = Plan::parse(request.stdio)?;
+        let spec = Arc::new(spec::exec_process(&request.process_json, stdio.terminal)?);
+        let mut execs = self.execs();
+        if let Some(existing) = execs.get(&request.exec_id) {
+            if existing.json == request.process_json && existing.process.phase() == Phase::Created {
+                return Ok(());
+            }
+            return Err(Error::exists(format!("exec {} of container {} exists", request.exec_id, self.id)));
+        }
+        self.check_running("exec")?;
+        let process = Arc::new(Process::new(request.exec_id.clone(), stdio, Arc::clone(&services.reaper)));
+        execs.insert(request.exec_id, Registered { process, spec, json: request.process_json });
+        Ok(())
+    }
+
+    /// Runs a registered exec.
+    pub async fn start_exec(
+        self: &Arc<Self>,
+        services: &Arc<Services>,
+        exec_id: &str,
+    ) -> Result<api::StartProcessResponse> {
+        let registered = self.execs().get(exec_id).cloned();
+        let Registered { process, spec, .. } =
+            registered.ok_or_else(|| Error::not_found(format!("exec {exec_id} of container {} does not exist", self.id)))?;
+        process.advance(Phase::Created, Phase::Starting)?;
+        let started = self.run_exec(services, &process, &spec).await;
+        if started.is_err() {
+            process.stop();
+        }
+        started
+    }
+
+    async fn run_exec(
+        self: &Arc<Self>,
+        services: &Arc<Services>,
+        process: &Arc<Process>,
+        spec: &Arc<oci_spec::runtime::Process>,
+    ) -> Result<api::StartProcessResponse> {
+        let mut stages = Stages::start();
+        self.check_running("exec")?;
+        let init_pid = self.init.pid().ok_or_else(|| Error::internal("the init has no pid"))?;
+        let user = spec.user();
+        let (child, ends) = stdio::open(&process.stdio, user.uid(), user.gid())?;
+        let run = Request::Exec(Box::new(Exec {
+            init_pid,
+            cgroup: self.cgroup.directory().to_owned(),
+            process: spec.as_ref().clone(),
+            seccomp: self.seccomp.clone(),
+            size: process.stdio.size,
+        }));
+        let (Started { pid, terminal }, exit) = services.spawn(run, child.0).await.map_err(unable)?;
+        stages.done("spawn");
+        process.attach(pid, Streams::run(&process.stdio, ends, terminal, &services.host)?);
+        process.advance(Phase::Starting, Phase::Running)?;
+        if self.init.phase() == Phase::Stopped || self.cancel.is_cancelled() {
+            // It came to life while the container died.
+            self.cgroup.kill()?;
+        }
+        let (container, reported) = (Arc::clone(self), Arc::clone(process));
+        let events = Arc::clone(&services.events);
+        services.tracker.spawn(async move {
+            let status = exit.await.unwrap_or(255);
+            events.exit(reported.exited(&container.id, status));
+            reported.stop();
+        });
+        stages.done("streams");
+        Ok(api::StartProcessResponse { guest_pid: pid as u32, stages: stages.stages })
+    }
+
+    /// Waits for the init's exit and reports it when all else has been reported.
+    async fn supervise(self: Arc<Self>, services: Arc<Services>, exit: tokio::sync::oneshot::Receiver<ExitStatus>) {
+        let status = exit.await.unwrap_or(255);
+        // From here on no exec starts; those that run lose their container. In a shared PID namespace nobody else kills.
+        self.cancel.cancel();
+        if let Err(error) = self.cgroup.kill() {
+            tracing::warn!(container_id = self.id, %error, "container's processes were not killed");
+        }
+        let execs: Vec<_> = self.execs().values().map(|registered| Arc::clone(&registered.process)).collect();
+        let gone = async {
+            for exec in &execs {
+                exec.settled().await;
+            }
+        };
+        if tokio::time::timeout(EXECS_GONE, gone).await.is_err() {
+            tracing::error!(container_id = self.id, "execs outlive their container");
+        }
+        for _ in 0..self.oom.check() {
+            services.events.oom(&self.id);
+        }
+        services.events.stats(metrics::sample(&self.id, self.cgroup.directory()));
+        services.events.exit(self.init.exited(&self.id, status));
+        self.init.stop();
+    }
+
+    async fn watch_oom(self: Arc<Self>, services: Arc<Services>) {
+        loop {
+            tokio::select! {
+                () = self.cancel.cancelled() => return,
+                kills = self.oom.next() => match kills {
+                    Ok(kills) => (0..kills).for_each(|_| services.events.oom(&self.id)),
+                    Err(error) => {
+                        tracing::warn!(container_id = self.id, %error, "OOM kills are no longer watched");
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Sends a signal to a process, or to all of the container.
+    pub fn signal(&self, exec_id: &str, number: i32, all: bool) -> Result<()> {
+        let process = self.process(exec_id)?;
+        if !all {
+            let waiting = exec_id.is_empty() && process.phase() == Phase::Created;
+            // What waits for the start is the agent's own code, the first process of a PID namespace at that: it would
+            // not notice any other signal.
+            return process.signal(if waiting && TERMINATING.contains(&number) { libc::SIGKILL } else { number });
+        }
+        let processes = self.cgroup.processes()?;
+        if processes.is_empty() {
+            return Err(Error::not_found("process already finished"));
+        }
+        if number == libc::SIGKILL {
+            return self.cgroup.kill();
+        }
+        for pid in processes {
+            // One that has gone in the meantime wants no signal.
+            drop(crate::sys::kill(pid, number));
+        }
+        Ok(())
+    }
+
+    /// Changes limits.
+    pub fn update(&self, resources: &LinuxResources) -> Result<()> {
+        self.cgroup.apply(resources)
+    }
+
+    /// Stops or continues every process. Blocks.
+    pub fn freeze(&self, frozen: bool) -> Result<()> {
+        if self.init.phase() != Phase::Running {
+            return Err(Error::precondition(format!("container {} is not running", self.id)));
+        }
+        self.cgroup.freeze(frozen)?;
+        *self.paused.lock().unwrap_or_else(PoisonError::into_inner) = frozen;
+        Ok(())
+    }
+
+    /// Guest pids of all its processes.
+    pub fn processes(&self) -> Result<Vec<i32>> {
+        self.cgroup.processes()
+    }
+
+    /// A sample of its statistics; none before its start and after its end. Reads files.
+    pub fn sample(&self) -> Option<api::Stats> {
+        (self.init.phase() == Phase::Running && !self.cancel.is_cancelled())
+            .then(|| metrics::sample(&self.id, self.cgroup.directory()))
+    }
+
+    /// Guest path of its PID namespace.
+    pub fn pid_namespace(&self) -> Result<String> {
+        match self.init.pid() {
+            Some(pid) if self.init.phase() != Phase::Stopped => Ok(format!("/proc/{pid}/ns/pid")),
+            _ => Err(Error::precondition(format!("container {} is not running", self.id))),
+        }
+    }
+
+    /// Kills everything in it.
+    pub fn kill(&self) -> Result<()> {
+        self.cgroup.kill()
+    }
+
+    /// Waits until the init's exit was reported. Cancel safe.
+    pub async fn stopped(&self) {
+        while self.init.phase() != Phase::Stopped {
+            let mut phase = self.init.subscribe();
+            // The sender lives as long as `self`.
+            drop(phase.wait_for(|phase| *phase == Phase::Stopped).await);
+        }
+    }
+
+    /// Forgets an exec that does not run.
+    pub async fn delete_exec(&self, exec_id: &str) -> Result<()> {
+        let process = self.process(exec_id)?;
+        if matches!(process.phase(), Phase::Running | Phase::Starting) {
+            return Err(Error::precondition(format!("exec {exec_id} of container {} is running", self.id)));
+        }
+        process.close().await;
+        self.execs().remove(exec_id);
+        Ok(())
+    }
+
+    /// Removes everything of a container whose init has exited or never ran.
+    pub async fn delete(&self) -> Result<()> {
+        match self.init.phase() {
+            Phase::Stopped => {}
+            Phase::Created => {
+                self.init.signal(libc::SIGKILL)?;
+                self.stopped().await;
+            }
+            Phase::Starting | Phase::Running => {
+                return Err(Error::precondition(format!("container {} is running", self.id)));
+            }
+        }
+        let execs: Vec<_> = self.execs().drain().map(|(_, registered)| registered.process).collect();
+        for process in execs.iter().chain([&self.init]) {
+            process.close().await;
+        }
+        let (id, directory) = (self.id.clone(), self.directory.clone());
+        let rootfs = std::mem::take(&mut *self.rootfs());
+        tokio::task::spawn_blocking(move || clean_up(&id, &directory, rootfs)).await.during(|| "delete the container")?
+    }
+
+    fn check_running(&self, what: &str) -> Result<()> {
+        if self.init.phase() != Phase::Running || self.cancel.is_cancelled() {
+            return Err(Error::precondition(format!("cannot {what} in a container that is not running")));
+        }
+        if *self.paused.lock().unwrap_or_else(PoisonError::into_inner) {
+            return Err(Error::precondition(format!("cannot {what} in a paused container")));
+        }
+        Ok(())
+    }
+
+    fn execs(&self) -> MutexGuard<'_, HashMap<String, Registered>> {
+        self.execs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn rootfs(&self) -> MutexGuard<'_, Stack> {
+        self.rootfs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The words runc has for a process that could not be made.
+fn unable(error: Error) -> Error {
+    error.during("unable to start container process")
+}
+
+/// Fills in what runc takes from the rootfs: `HOME`, and a working directory that exists.
+fn prepare_process(spec: &mut Spec, rootfs: &Path) -> Result<()> {
+    let env = spec.process.env().as_deref().unwrap_or_default();
+    if !env.iter().any(|entry| entry.strip_prefix("HOME=").is_some_and(|home| !home.is_empty())) {
+        let file = mount::read_inside(rootfs, Path::new("/etc/passwd")).unwrap_or_default();
+        let home = format!("HOME={}", passwd::home(&file, spec.process.user().uid()));
+        let env = &mut spec.config["process"]["env"];
+        if !env.is_array() {
+            *env = serde_json::json!([]);
+        }
+        if let Some(env) = env.as_array_mut() {
+            env.retain(|entry| !entry.as_str().is_some_and(|entry| entry.starts_with("HOME=")));
+            env.push(home.into());
+        }
+    }
+    let cwd = spec.process.cwd();
+    let made = match spec.mount_of(cwd) {
+        None => mount::make_directories(rootfs, cwd),
+        Some((below, Some(shared))) => mount::make_directories(&mount::shared(&shared)?, &below),
+        // A file system that does not exist yet; its own root is all there is.
+        Some((_, None)) => Ok(()),
+    };
+    made.map_err(|error| {
+        let reason = crate::runtime::lookup::text(&error);
+        unable(Error::internal(format!("error during container init: mkdir {}: {reason}", cwd.display())))
+    })
+}
+
+/// Removes what a container consists of outside of its processes; safe to repeat. Blocks.
+fn clean_up(id: &str, directory: &Path, mut rootfs: Stack) -> Result<()> {
+    let cgroup = Cgroup::create(id).and_then(|cgroup| cgroup.remove());
+    let unmounted = rootfs.unmount();
+    for directory in [&Path::new(STATE).join(id), directory] {
+        match fs::remove_dir_all(directory) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Error::internal(format!("remove {}: {error}", directory.display())));
+            }
+            _ => {}
+        }
+    }
+    // Only now does the kernel let go of what it knows of the share.
+    mount::forget_caches()?;
+    cgroup.and(unmounted)
+}

@@ -1,0 +1,320 @@
+//! Everything of the one pod in this guest: the verbs of the API, on containers by id.
+//!
+//! A verb runs as a job of its own, so that a broken connection does not stop it half way; who repeats the request after
+//! a reconnect waits for the same job and gets the same answer.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bulkhead_proto::agent as api;
+use futures::FutureExt;
+use futures::future::{BoxFuture, Shared};
+use oci_spec::runtime::LinuxResources;
+use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::container::{Container, check_id};
+use crate::error::{During, Error, Result};
+use crate::events::Events;
+use crate::link::Host;
+use crate::reaper::{ExitStatus, Reaper};
+use crate::runtime::spawner::Spawner;
+use crate::runtime::{Request, Started};
+use crate::sandbox;
+
+/// Time between two samples of statistics.
+const SAMPLING: Duration = Duration::from_secs(1);
+/// How long killed containers may take to report their end at shutdown.
+const KILLED: Duration = Duration::from_secs(5);
+
+/// What containers and processes need of the agent.
+pub struct Services {
+    /// Where streams go.
+    pub host: Host,
+    /// Waits for processes.
+    pub reaper: Arc<Reaper>,
+    /// Where events go.
+    pub events: Arc<Events>,
+    /// Holds every task.
+    pub tracker: TaskTracker,
+    /// The agent's end.
+    pub cancel: CancellationToken,
+    spawner: Arc<Spawner>,
+}
+
+impl Services {
+    /// Services that reach the host by `host`.
+    pub fn new(host: Host) -> Self {
+        Self {
+            host,
+            reaper: Arc::default(),
+            events: Arc::default(),
+            tracker: TaskTracker::new(),
+            cancel: CancellationToken::new(),
+            spawner: Arc::default(),
+        }
+    }
+
+    /// Has the spawner start a process; the exit of that process comes through the receiver.
+    pub async fn spawn(
+        self: &Arc<Self>,
+        request: Request,
+        fds: Vec<OwnedFd>,
+    ) -> Result<(Started, oneshot::Receiver<ExitStatus>)> {
+        let spawning = self.reaper.spawning();
+        let spawner = Arc::clone(&self.spawner);
+        let started = tokio::task::spawn_blocking(move || spawner.run(&request, &fds)).await.during(|| "spawn")??;
+        let exit = spawning.claim(started.pid);
+        Ok((started, exit))
+    }
+
+    /// Starts the spawner before the first request needs it.
+    pub async fn warm_up(&self) -> Result<()> {
+        let spawner = Arc::clone(&self.spawner);
+        tokio::task::spawn_blocking(move || spawner.warm_up()).await.during(|| "start the spawner")?
+    }
+}
+
+type Job<T> = Shared<BoxFuture<'static, Result<T>>>;
+
+/// The pod; see the module's documentation.
+pub struct Pod {
+    services: Arc<Services>,
+    slots: Mutex<HashMap<String, Slot>>,
+    sandbox: Mutex<Option<Job<api::CreateSandboxResponse>>>,
+    holder: Mutex<Option<Job<i32>>>,
+}
+
+/// A container's id is taken from the moment its creation begins.
+struct Slot {
+    created: Job<Created>,
+    started: Option<Job<api::StartProcessResponse>>,
+}
+
+#[derive(Clone)]
+struct Created {
+    container: Arc<Container>,
+    response: api::CreateContainerResponse,
+}
+
+impl Pod {
+    /// An empty pod.
+    pub fn new(services: Arc<Services>) -> Arc<Self> {
+        Arc::new(Self { services, slots: Mutex::default(), sandbox: Mutex::default(), holder: Mutex::default() })
+    }
+
+    /// What the pod works with.
+    pub fn services(&self) -> &Arc<Services> {
+        &self.services
+    }
+
+    fn job<T: Clone + Send + Sync + 'static>(&self, work: impl Future<Output = Result<T>> + Send + 'static) -> Job<T> {
+        let handle = self.services.tracker.spawn(work);
+        async move { handle.await.unwrap_or_else(|error| Err(Error::internal(format!("the agent failed: {error}")))) }
+            .boxed()
+            .shared()
+    }
+
+    /// Makes the guest a pod; a failure may be tried again.
+    pub async fn create_sandbox(&self, request: api::CreateSandboxRequest) -> Result<api::CreateSandboxResponse> {
+        let job = {
+            let mut sandbox = self.sandbox.lock().unwrap_or_else(PoisonError::into_inner);
+            let failed = sandbox.as_ref().and_then(|job| job.peek()).is_some_and(Result::is_err);
+            match sandbox.as_ref() {
+                Some(job) if !failed => job.clone(),
+                _ => sandbox.insert(self.job(sandbox::create(request))).clone(),
+            }
+        };
+        job.await
+    }
+
+    /// Creates a container.
+    pub async fn create_container(
+        self: &Arc<Self>,
+        request: api::CreateContainerRequest,
+    ) -> Result<api::CreateContainerResponse> {
+        check_id(&request.container_id)?;
+        let id = request.container_id.clone();
+        let job = {
+            let mut slots = self.slots();
+            match slots.get(&id) {
+                Some(slot) => slot.created.clone(),
+                None => {
+                    let pod = Arc::clone(self);
+                    let created = self.job(async move { pod.make_container(request).await });
+                    slots.insert(id.clone(), Slot { created: created.clone(), started: None });
+                    created
+                }
+            }
+        };
+        job.await.map(|created| created.response)
+    }
+
+    async fn make_container(self: Arc<Self>, request: api::CreateContainerRequest) -> Result<Created> {
+        let id = request.container_id.clone();
+        let created = async {
+            let pid_namespace = self.pid_namespace(&request).await?;
+            let (container, response) = Container::create(&self.services, request, pid_namespace).await?;
+            Ok(Created { container, response })
+        };
+        let created = created.await;
+        if created.is_err() {
+            // The id is free again; who waits for this job still gets its answer.
+            self.slots().remove(&id);
+        }
+        created
+    }
+
+    async fn pid_namespace(&self, request: &api::CreateContainerRequest) -> Result<Option<String>> {
+        match request.pid_namespace() {
+            api::PidNamespace::Container => Ok(None),
+            api::PidNamespace::Target => self.container(&request.pid_namespace_target).await?.pid_namespace().map(Some),
+            api::PidNamespace::Pod => {
+                let job = {
+                    let mut holder = self.holder.lock().unwrap_or_else(PoisonError::into_inner);
+                    let failed = holder.as_ref().and_then(|job| job.peek()).is_some_and(Result::is_err);
+                    match holder.as_ref() {
+                        Some(job) if !failed => job.clone(),
+                        _ => {
+                            let services = Arc::clone(&self.services);
+                            let job = self.job(async move {
+                                services.spawn(Request::Hold, Vec::new()).await.map(|(started, _exit)| started.pid)
+                            });
+                            holder.insert(job).clone()
+                        }
+                    }
+                };
+                job.await.map(|pid| Some(format!("/proc/{pid}/ns/pid")))
+            }
+        }
+    }
+
+    /// The created container with this id; waits for a creation under way.
+    async fn container(&self, id: &str) -> Result<Arc<Container>> {
+        let created = self.slots().get(id).map(|slot| slot.created.clone());
+        let missing = || Error::not_found(format!("container {id} does not exist"));
+        created.ok_or_else(missing)?.await.map(|created| created.container).map_err(|_| missing())
+    }
+
+    /// Registers an exec.
+    pub async fn create_process(&self, request: api::CreateProcessRequest) -> Result<()> {
+        self.container(&request.container_id).await?.create_process(&self.services, request)
+    }
+
+    /// Runs a created process.
+    pub async fn start_process(self: &Arc<Self>, container_id: &str, exec_id: &str) -> Result<api::StartProcessResponse> {
+        let container = self.container(container_id).await?;
+        if !exec_id.is_empty() {
+            let (services, exec_id) = (Arc::clone(&self.services), exec_id.to_owned());
+            return self.job(async move { container.start_exec(&services, &exec_id).await }).await;
+        }
+        let job = {
+            let mut slots = self.slots();
+            let slot = slots
+                .get_mut(container_id)
+                .ok_or_else(|| Error::not_found(format!("container {container_id} does not exist")))?;
+            slot.started.get_or_insert_with(|| self.job(async move { container.start().await })).clone()
+        };
+        job.await
+    }
+
+    /// Signals a process or all of a container.
+    pub async fn signal(&self, request: &api::SignalProcessRequest) -> Result<()> {
+        let number = i32::try_from(request.signal).ok().filter(|number| (0..=64).contains(number));
+        let number = number.ok_or_else(|| Error::invalid(format!("{} is not a signal number", request.signal)))?;
+        self.container(&request.container_id).await?.signal(&request.exec_id, number, request.all)
+    }
+
+    /// Resizes a pty.
+    pub async fn resize(&self, request: &api::ResizePtyRequest) -> Result<()> {
+        let container = self.container(&request.container_id).await?;
+        container.process(&request.exec_id)?.resize(request.height, request.width)
+    }
+
+    /// Forgets a process or a container.
+    pub async fn delete(self: &Arc<Self>, container_id: &str, exec_id: &str) -> Result<()> {
+        let container = self.container(container_id).await?;
+        let (pod, exec_id) = (Arc::clone(self), exec_id.to_owned());
+        self.job(async move {
+            if !exec_id.is_empty() {
+                return container.delete_exec(&exec_id).await;
+            }
+            container.delete().await?;
+            pod.slots().remove(&container.id);
+            Ok(())
+        })
+        .await
+    }
+
+    /// Changes a container's limits.
+    pub async fn update(&self, container_id: &str, resources_json: &[u8]) -> Result<()> {
+        let resources: LinuxResources =
+            serde_json::from_slice(resources_json).map_err(|error| Error::invalid(format!("OCI resources: {error}")))?;
+        self.container(container_id).await?.update(&resources)
+    }
+
+    /// Stops or continues a container.
+    pub async fn freeze(&self, container_id: &str, frozen: bool) -> Result<()> {
+        let container = self.container(container_id).await?;
+        tokio::task::spawn_blocking(move || container.freeze(frozen)).await.during(|| "freeze")?
+    }
+
+    /// Guest pids of a container.
+    pub async fn processes(&self, container_id: &str) -> Result<Vec<u32>> {
+        let processes = self.container(container_id).await?.processes()?;
+        Ok(processes.into_iter().map(|pid| pid as u32).collect())
+    }
+
+    /// Samples every container each second while somebody listens; until the agent's end.
+    pub async fn sample(self: Arc<Self>) {
+        let mut tick = tokio::time::interval(SAMPLING);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                _ = tick.tick() => {}
+                () = self.services.cancel.cancelled() => return,
+            }
+            if !self.services.events.watched() {
+                continue;
+            }
+            for container in self.containers() {
+                let sampled = tokio::task::spawn_blocking(move || container.sample()).await;
+                if let Ok(Some(sample)) = sampled {
+                    self.services.events.stats(sample);
+                }
+            }
+        }
+    }
+
+    /// Kills every container and waits, bounded, for their exits to be reported.
+    pub async fn kill_all(&self) {
+        let containers = self.containers();
+        for container in &containers {
+            if let Err(error) = container.kill() {
+                tracing::warn!(container_id = container.id, %error, "container was not killed");
+            }
+        }
+        let ended = async {
+            for container in &containers {
+                container.stopped().await;
+            }
+        };
+        if tokio::time::timeout(KILLED, ended).await.is_err() {
+            tracing::warn!("containers outlive their kill");
+        }
+    }
+
+    fn containers(&self) -> Vec<Arc<Container>> {
+        let slots = self.slots();
+        let created = slots.values().filter_map(|slot| slot.created.peek());
+        created.filter_map(|created| created.as_ref().ok()).map(|created| Arc::clone(&created.container)).collect()
+    }
+
+    fn slots(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

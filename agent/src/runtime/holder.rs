@@ -1,0 +1,43 @@
+//! The first process of the pod-wide PID namespace: reaps what containers leave, and keeps the namespace alive.
+
+use std::os::unix::net::UnixStream;
+
+use nix::errno::Errno;
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::unistd::Pid;
+
+use super::{Line, wire};
+use crate::sys::{self, Fork};
+
+/// In a worker: makes the namespace and its first process.
+pub fn start(socket: &UnixStream) -> Result<(), String> {
+    unshare(CloneFlags::CLONE_NEWPID).map_err(|error| format!("make the pod's PID namespace: {error}"))?;
+    match sys::fork_sibling().map_err(|error| format!("fork the holder of the pod's PID namespace: {error}"))? {
+        Fork::Child => hold(),
+        Fork::Parent(pid) => {
+            wire::send_line(socket, &Line::Pid(pid), &[]).map_err(|error| error.to_string())?;
+            wire::send_line(socket, &Line::Done, &[]).map_err(|error| error.to_string())
+        }
+    }
+}
+
+/// Waits for children until killed; SIGKILL from outside ends the namespace.
+fn hold() -> ! {
+    // A name for `ps` in the pod; nothing depends on it.
+    drop(nix::sys::prctl::set_name(c"pause"));
+    let mut children = SigSet::empty();
+    children.add(Signal::SIGCHLD);
+    // Blocked, so that a signal between two waits is not lost.
+    drop(children.thread_block());
+    loop {
+        loop {
+            match waitpid(None::<Pid>, Some(WaitPidFlag::WNOHANG | WaitPidFlag::__WALL)) {
+                Ok(nix::sys::wait::WaitStatus::StillAlive) | Err(Errno::ECHILD) => break,
+                _ => {}
+            }
+        }
+        drop(children.wait());
+    }
+}

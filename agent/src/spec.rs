@@ -1,0 +1,307 @@
+//! The OCI spec of a container as libcontainer shall see it in this guest. Pure: no effects, no clock, no files.
+//!
+//! The JSON is edited in place rather than parsed and written again, so that fields this version does not know survive.
+//! OCI runtime: <https://github.com/opencontainers/runtime-spec/blob/main/config.md>
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use bulkhead_proto::{SHARE_SCHEME, SHM_SOURCE};
+use oci_spec::runtime::{LinuxResources, LinuxSeccomp, LinuxSeccompAction, Process};
+use serde_json::{Map, Value, json};
+
+use crate::cgroup;
+use crate::error::{Error, Result};
+
+/// Where the pod's virtiofs share is mounted.
+pub const SHARE: &str = "/run/bulkhead/share";
+/// Where the pod-wide /dev/shm is mounted.
+pub const SHM: &str = "/dev/shm";
+
+/// What the agent decides about a container.
+pub struct Guest<'a> {
+    /// The container's id.
+    pub container_id: &'a str,
+    /// Guest path of its rootfs.
+    pub rootfs: &'a Path,
+    /// Guest path of the PID namespace to join; none for a new one.
+    pub pid_namespace: Option<String>,
+    /// Whether stdio is a pty.
+    pub terminal: bool,
+}
+
+/// A spec made fit for this guest.
+#[derive(Debug)]
+pub struct Spec {
+    /// The whole, for libcontainer.
+    pub config: Value,
+    /// Its `process`.
+    pub process: Process,
+    /// Limits and device rules, which the agent applies itself.
+    pub resources: LinuxResources,
+    /// The filter; execs get it too.
+    pub seccomp: Option<LinuxSeccomp>,
+    /// Sysctls of namespaces that containers share with the pod, which the agent sets itself.
+    pub sysctls: BTreeMap<String, String>,
+    /// Paths below the share that mounts are bound from.
+    pub shared: Vec<String>,
+    /// Destinations of all mounts, in order, with the path below the share for those that have one.
+    pub mounts: Vec<(String, Option<String>)>,
+}
+
+impl Spec {
+    /// The mount that `path` lies on: what is below it, and where on the share it comes from. `None` is the rootfs.
+    pub fn mount_of(&self, path: &Path) -> Option<(PathBuf, Option<String>)> {
+        let (destination, shared) = self
+            .mounts
+            .iter()
+            .filter(|(destination, _)| destination != "/" && path.starts_with(destination))
+            .max_by_key(|(destination, _)| destination.len())?;
+        Some((path.strip_prefix(destination).ok()?.to_owned(), shared.clone()))
+    }
+}
+
+/// Rewrites the request's spec.
+pub fn rewrite(json: &[u8], guest: &Guest<'_>) -> Result<Spec> {
+    let invalid = |error: serde_json::Error| Error::invalid(format!("OCI spec: {error}"));
+    let mut config: Value = serde_json::from_slice(json).map_err(invalid)?;
+    let root = config.as_object_mut().ok_or_else(|| Error::invalid("OCI spec is not a JSON object"))?;
+
+    for key in ["hooks", "hostname", "domainname", "annotations"] {
+        root.remove(key);
+    }
+    let readonly = root.get("root").and_then(|root| root.get("readonly")).and_then(Value::as_bool).unwrap_or(false);
+    root.insert("root".to_owned(), json!({ "path": guest.rootfs, "readonly": readonly }));
+
+    let process = root.get_mut("process").ok_or_else(|| Error::invalid("OCI spec has no process"))?;
+    rewrite_process(process, guest.terminal)?;
+    let parsed_process: Process = serde_json::from_value(process.clone()).map_err(invalid)?;
+
+    let mut mounts = Vec::new();
+    for mount in root.get_mut("mounts").and_then(Value::as_array_mut).into_iter().flatten() {
+        mounts.push(rewrite_mount(mount)?);
+    }
+
+    let linux = root.entry("linux").or_insert_with(|| json!({}));
+    let linux = linux.as_object_mut().ok_or_else(|| Error::invalid("linux of the OCI spec is not a JSON object"))?;
+    for key in ["mountLabel", "intelRdt", "netDevices"] {
+        linux.remove(key);
+    }
+    linux.insert("cgroupsPath".to_owned(), format!("{}/{}", cgroup::PARENT, guest.container_id).into());
+    rewrite_namespaces(linux, guest.pid_namespace.as_deref())?;
+    let resources = linux.remove("resources").unwrap_or_else(|| json!({}));
+    let sysctls = linux.remove("sysctl").unwrap_or_else(|| json!({}));
+    let seccomp = match linux.get("seccomp") {
+        None | Some(Value::Null) => None,
+        Some(filter) => Some(serde_json::from_value(filter.clone()).map_err(invalid)?),
+    };
+    check_seccomp(seccomp.as_ref())?;
+
+    Ok(Spec {
+        process: parsed_process,
+        resources: serde_json::from_value(resources).map_err(invalid)?,
+        seccomp,
+        sysctls: serde_json::from_value(sysctls).map_err(invalid)?,
+        shared: mounts.iter().filter_map(|(_, shared)| shared.clone()).collect(),
+        mounts,
+        config,
+    })
+}
+
+/// Parses and adjusts the `process` of an exec.
+pub fn exec_process(json: &[u8], terminal: bool) -> Result<Process> {
+    let invalid = |error: serde_json::Error| Error::invalid(format!("OCI process: {error}"));
+    let mut process = serde_json::from_slice(json).map_err(invalid)?;
+    rewrite_process(&mut process, terminal)?;
+    serde_json::from_value(process).map_err(invalid)
+}
+
+fn rewrite_process(process: &mut Value, terminal: bool) -> Result<()> {
+    let process = process.as_object_mut().ok_or_else(|| Error::invalid("process is not a JSON object"))?;
+    // Labels of the host's security modules mean nothing here.
+    for key in ["apparmorProfile", "selinuxLabel", "consoleSize"] {
+        process.remove(key);
+    }
+    // libcontainer takes `false` for "set, late": it would load the seccomp filter after the capabilities are gone.
+    if process.get("noNewPrivileges") == Some(&Value::Bool(false)) {
+        process.remove("noNewPrivileges");
+    }
+    // The agent's own -1000 must not be inherited.
+    process.entry("oomScoreAdj").or_insert_with(|| json!(0));
+    process.insert("terminal".to_owned(), terminal.into());
+    let args = process.get("args").and_then(Value::as_array);
+    if args.is_none_or(Vec::is_empty) {
+        return Err(Error::invalid("process.args must not be empty"));
+    }
+    let cwd = process.get("cwd").and_then(Value::as_str).unwrap_or_default();
+    if !cwd.starts_with('/') {
+        return Err(Error::invalid(format!("Cwd must be an absolute path, process.cwd is {cwd:?}")));
+    }
+    Ok(())
+}
+
+/// Resolves a mount's source; returns its destination and the path below the share that it binds.
+fn rewrite_mount(mount: &mut Value) -> Result<(String, Option<String>)> {
+    let mount = mount.as_object_mut().ok_or_else(|| Error::invalid("a mount of the OCI spec is not a JSON object"))?;
+    let destination = mount.get("destination").and_then(Value::as_str).unwrap_or_default().to_owned();
+    if !destination.starts_with('/') {
+        return Err(Error::invalid(format!("mount destination {destination:?} is not an absolute path")));
+    }
+    let options = mount.get("options").and_then(Value::as_array);
+    let bind = mount.get("type").and_then(Value::as_str) == Some("bind")
+        || options.is_some_and(|options| options.iter().any(|option| option == "bind" || option == "rbind"));
+    let source = mount.get("source").and_then(Value::as_str).unwrap_or_default().to_owned();
+    let (resolved, shared) = match source.strip_prefix(SHARE_SCHEME) {
+        Some(below) => (format!("{SHARE}/{}", share_path(below)?), Some(below.to_owned())),
+        None if source == SHM_SOURCE => (SHM.to_owned(), None),
+        None if bind => {
+            return Err(Error::invalid(format!(
+                "mount of {destination} binds {source:?}; a source is {SHARE_SCHEME}<path> or {SHM_SOURCE}"
+            )));
+        }
+        // A file system without a source of its own; libcontainer insists on a word.
+        None if source.is_empty() => (mount.get("type").and_then(Value::as_str).unwrap_or("none").to_owned(), None),
+        None => (source, None),
+    };
+    mount.insert("source".to_owned(), resolved.into());
+    Ok((destination, shared))
+}
+
+/// Checks a path below the share: relative, without `.` or `..`.
+pub fn share_path(path: &str) -> Result<&str> {
+    let plain = |part: &str| !part.is_empty() && part != "." && part != ".." && !part.contains('\0');
+    if path.split('/').all(plain) {
+        return Ok(path);
+    }
+    Err(Error::invalid(format!("{path:?} is not a path below the share: plain names joined by single slashes")))
+}
+
+/// Containers share the pod's network, UTS and IPC namespaces, which are the guest's own.
+fn rewrite_namespaces(linux: &mut Map<String, Value>, pid_namespace: Option<&str>) -> Result<()> {
+    let given = linux.remove("namespaces").unwrap_or_else(|| json!([]));
+    let given = given.as_array().ok_or_else(|| Error::invalid("linux.namespaces of the OCI spec is not an array"))?;
+    let asked = |kind: &str| given.iter().any(|namespace| namespace.get("type").is_some_and(|typ| typ == kind));
+    let mut namespaces = vec![
+        match pid_namespace {
+            Some(path) => json!({ "type": "pid", "path": path }),
+            None => json!({ "type": "pid" }),
+        },
+        json!({ "type": "mount" }),
+        json!({ "type": "cgroup" }),
+    ];
+    for kind in ["user", "time"] {
+        if asked(kind) {
+            namespaces.push(json!({ "type": kind }));
+        }
+    }
+    linux.insert("namespaces".to_owned(), namespaces.into());
+    Ok(())
+}
+
+fn check_seccomp(seccomp: Option<&LinuxSeccomp>) -> Result<()> {
+    let notifies = |filter: &LinuxSeccomp| {
+        filter.default_action() == LinuxSeccompAction::ScmpActNotify
+            || filter.syscalls().iter().flatten().any(|rule| rule.action() == LinuxSeccompAction::ScmpActNotify)
+    };
+    if seccomp.is_some_and(notifies) {
+        return Err(Error::invalid("seccomp action SCMP_ACT_NOTIFY needs a listener on the host, which a guest has not"));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn guest() -> Guest<'static> {
+        Guest { container_id: "c1", rootfs: Path::new("/r"), pid_namespace: None, terminal: false }
+    }
+
+    fn spec(extra: &Value) -> Value {
+        let mut spec = json!({
+            "ociVersion": "1.1.0",
+            "process": { "args": ["sh"], "cwd": "/", "user": { "uid": 0, "gid": 0 }, "noNewPrivileges": false,
+                         "apparmorProfile": "cri-containerd.apparmor.d" },
+            "root": { "path": "rootfs", "readonly": true },
+            "hostname": "h", "hooks": { "prestart": [] },
+            "linux": { "namespaces": [{ "type": "network", "path": "/n" }, { "type": "pid" }, { "type": "uts" }],
+                       "resources": { "memory": { "limit": 1000 } }, "sysctl": { "net.ipv4.ip_forward": "1" } },
+        });
+        for (key, value) in extra.as_object().expect("object") {
+            spec[key] = value.clone();
+        }
+        spec
+    }
+
+    fn rewritten(extra: &Value) -> Result<Spec> {
+        rewrite(spec(extra).to_string().as_bytes(), &guest())
+    }
+
+    #[test]
+    fn host_matters_are_taken_out_and_guest_matters_put_in() {
+        let spec = rewritten(&json!({})).expect("rewrite");
+        let config = &spec.config;
+        for absent in ["hooks", "hostname"] {
+            assert!(config.get(absent).is_none(), "{absent}");
+        }
+        for absent in ["noNewPrivileges", "apparmorProfile"] {
+            assert!(config["process"].get(absent).is_none(), "{absent}");
+        }
+        assert_eq!(config["root"], json!({ "path": "/r", "readonly": true }));
+        assert_eq!(config["process"]["oomScoreAdj"], 0);
+        assert_eq!(config["linux"]["cgroupsPath"], "/bulkhead/c1");
+        let kinds: Vec<_> = config["linux"]["namespaces"].as_array().expect("array").iter().map(|n| &n["type"]).collect();
+        assert_eq!(kinds, ["pid", "mount", "cgroup"]);
+        assert!(config["linux"].get("resources").is_none() && config["linux"].get("sysctl").is_none());
+        assert_eq!(spec.resources.memory().and_then(|memory| memory.limit()), Some(1000));
+        assert_eq!(spec.sysctls.get("net.ipv4.ip_forward").map(String::as_str), Some("1"));
+    }
+
+    #[test]
+    fn sources_are_resolved_below_the_share() {
+        let mounts = json!({ "mounts": [
+            { "destination": "/data", "source": "share:c1/0", "options": ["rbind", "ro"] },
+            { "destination": "/dev/shm", "source": "shm:", "options": ["rbind"] },
+            { "destination": "/proc", "type": "proc" },
+        ]});
+        let spec = rewritten(&mounts).expect("rewrite");
+        let sources: Vec<_> = spec.config["mounts"].as_array().expect("array").iter().map(|m| &m["source"]).collect();
+        assert_eq!(sources, ["/run/bulkhead/share/c1/0", "/dev/shm", "proc"]);
+        assert_eq!(spec.shared, ["c1/0"]);
+    }
+
+    #[test]
+    fn the_longest_mount_holds_a_path() {
+        let mounts = json!({ "mounts": [
+            { "destination": "/a", "type": "tmpfs" },
+            { "destination": "/a/b", "source": "share:c1/0", "options": ["bind"] },
+        ]});
+        let spec = rewritten(&mounts).expect("rewrite");
+        assert_eq!(spec.mount_of(Path::new("/a/b/c/d")), Some((PathBuf::from("c/d"), Some("c1/0".to_owned()))));
+        assert_eq!(spec.mount_of(Path::new("/a/x")), Some((PathBuf::from("x"), None)));
+        assert_eq!(spec.mount_of(Path::new("/ab")), None);
+    }
+
+    #[test]
+    fn sources_that_leave_the_share_are_refused() {
+        for source in ["share:../x", "share:/etc", "share:a//b", "share:", "share:a/./b", "/etc"] {
+            let mounts = json!({ "mounts": [{ "destination": "/d", "source": source, "type": "bind" }] });
+            let error = rewritten(&mounts).expect_err(source);
+            assert_eq!(error.code(), tonic::Code::InvalidArgument, "{source}");
+        }
+    }
+
+    #[test]
+    fn a_process_without_program_or_with_a_relative_directory_is_refused() {
+        for process in [json!({ "args": [], "cwd": "/" }), json!({ "args": ["a"], "cwd": "x" })] {
+            assert!(exec_process(process.to_string().as_bytes(), false).is_err(), "{process}");
+        }
+    }
+
+    #[test]
+    fn a_filter_that_needs_a_listener_is_refused() {
+        let linux = json!({ "linux": { "seccomp": { "defaultAction": "SCMP_ACT_ALLOW",
+            "syscalls": [{ "names": ["mount"], "action": "SCMP_ACT_NOTIFY" }] } } });
+        assert!(rewritten(&linux).is_err());
+    }
+}

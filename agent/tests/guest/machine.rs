@@ -1,0 +1,249 @@
+//! A guest booted in QEMU, and the host's side of the agent's wire protocol: listen, take the control connection, hand
+//! streams to whoever named their token.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bulkhead_proto::agent::agent_client::AgentClient;
+use bulkhead_proto::agent::{self as api, Event, event};
+use bulkhead_proto::wire::{Kind, Preamble, Token};
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
+use tonic::transport::{Channel, Endpoint};
+
+/// Everything the host does ends within this.
+pub const DEADLINE: Duration = Duration::from_secs(60);
+
+type Streams = Arc<Mutex<HashMap<Token, oneshot::Sender<UnixStream>>>>;
+
+/// A running guest. Dropping it kills it.
+pub struct Machine {
+    pub client: AgentClient<Channel>,
+    pub events: mpsc::UnboundedReceiver<Event>,
+    pub directory: tempfile::TempDir,
+    pub hello: api::HelloResponse,
+    streams: Streams,
+    next_token: AtomicU64,
+    children: Vec<Child>,
+    tasks: JoinSet<()>,
+}
+
+/// Where the kernel and the helpers are: `BULKHEAD_ASSETS`.
+fn assets() -> Option<PathBuf> {
+    let directory = PathBuf::from(std::env::var_os("BULKHEAD_ASSETS")?);
+    directory.join("vmlinux").exists().then_some(directory)
+}
+
+impl Machine {
+    /// Boots a guest with `memory_mib`; none, with a printed reason, where that cannot be.
+    pub async fn boot(memory_mib: u32) -> Option<Self> {
+        let (Some(assets), Some(agent)) = (assets(), std::env::var_os("BULKHEAD_AGENT")) else {
+            println!("skipped: BULKHEAD_ASSETS (vmlinux, vhost-device-vsock, virtiofsd) and BULKHEAD_AGENT are not set");
+            return None;
+        };
+        let directory = tempfile::tempdir().expect("tempdir");
+        let path = |name: &str| directory.path().join(name);
+        let recipe = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest/build-initramfs.sh");
+        let packed = Command::new(recipe).arg(&agent).arg(path("initramfs")).status().expect("pack the initramfs");
+        assert!(packed.success());
+        std::fs::create_dir(path("share")).expect("mkdir");
+
+        let listener = UnixListener::bind(path("vsock_1024")).expect("listen");
+        let mut children = Vec::new();
+        let helper = |program: PathBuf, arguments: &[String], log: &str| {
+            let log = File::create(path(log)).expect("log");
+            Command::new(program)
+                .args(arguments)
+                .stdin(Stdio::null())
+                .stdout(log.try_clone().expect("log"))
+                .stderr(log)
+                .spawn()
+                .expect("start a helper")
+        };
+        let text = |name: &str| path(name).display().to_string();
+        let vsock = ["--guest-cid".into(), "3".into(), "--uds-path".into(), text("vsock"), "--socket".into(), text("vsock.sock")];
+        children.push(helper(assets.join("vhost-device-vsock"), &vsock, "vsock.log"));
+        let share = [
+            "--shared-dir".into(),
+            text("share"),
+            "--socket-path".into(),
+            text("fs.sock"),
+            "--sandbox=none".into(),
+            "--inode-file-handles=never".into(),
+        ];
+        children.push(helper(assets.join("virtiofsd"), &share, "virtiofsd.log"));
+        for socket in ["vsock.sock", "fs.sock"] {
+            wait_for(&path(socket)).await;
+        }
+        let qemu: Vec<String> = [
+            "-M microvm,acpi=off,pit=on,pic=on,rtc=on,memory-backend=ram -accel tcg,tb-size=64 -cpu max -nodefaults -no-user-config",
+            "-display none -no-reboot -serial stdio",
+            &format!("-m {memory_mib} -object memory-backend-memfd,id=ram,share=on,size={memory_mib}M"),
+            &format!("-kernel {} -initrd {}", assets.join("vmlinux").display(), text("initramfs")),
+            &format!("-chardev socket,id=v,path={} -device vhost-user-vsock-device,chardev=v", text("vsock.sock")),
+            &format!("-chardev socket,id=f,path={} -device vhost-user-fs-device,chardev=f,tag=share", text("fs.sock")),
+        ]
+        .iter()
+        .flat_map(|words| words.split(' ').map(str::to_owned).collect::<Vec<_>>())
+        .chain(["-append".to_owned(), "console=ttyS0 quiet panic=-1".to_owned()])
+        .collect();
+        children.push(helper("qemu-system-x86_64".into(), &qemu, "console.log"));
+
+        let streams: Streams = Arc::default();
+        let mut tasks = JoinSet::new();
+        let (control_sender, mut controls) = mpsc::channel(1);
+        tasks.spawn(accept(listener, Arc::clone(&streams), control_sender));
+        let control = match tokio::time::timeout(DEADLINE, controls.recv()).await {
+            Ok(Some(control)) => control,
+            _ => panic!("no guest: {}", std::fs::read_to_string(path("console.log")).unwrap_or_default()),
+        };
+        let mut client = client(control).await;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("clock").as_nanos() as u64;
+        let request = api::HelloRequest { api_version: 1, session_secret: vec![9; 16], host_time_unix_ns: now };
+        let hello = client.hello(request).await.expect("hello").into_inner();
+
+        let mut stream = client.events(api::EventsRequest { after_seq: 0 }).await.expect("events").into_inner();
+        let (event_sender, events) = mpsc::unbounded_channel();
+        tasks.spawn(async move {
+            while let Ok(Some(event)) = stream.message().await {
+                if event_sender.send(event).is_err() {
+                    return;
+                }
+            }
+        });
+        let next_token = AtomicU64::new(1);
+        Some(Self { client, events, directory, hello, streams, next_token, children, tasks })
+    }
+
+    /// Reserves a token; the stream comes when the guest dials it.
+    pub fn stream(&self) -> (Vec<u8>, oneshot::Receiver<UnixStream>) {
+        let mut token = Token::default();
+        token[..8].copy_from_slice(&self.next_token.fetch_add(1, Ordering::Relaxed).to_le_bytes());
+        let (sender, receiver) = oneshot::channel();
+        self.streams.lock().expect("streams").insert(token, sender);
+        (token.to_vec(), receiver)
+    }
+
+    /// What the guest wrote to its console.
+    pub fn console(&self) -> String {
+        std::fs::read_to_string(self.directory.path().join("console.log")).unwrap_or_default()
+    }
+
+    /// A path of the host below the share.
+    pub fn share(&self, below: &str) -> PathBuf {
+        self.directory.path().join("share").join(below)
+    }
+
+    /// The next exit; other events are passed to `other`.
+    pub async fn exit(&mut self, mut other: impl FnMut(event::Event)) -> api::Exit {
+        let wait = async {
+            loop {
+                match self.events.recv().await.and_then(|event| event.event) {
+                    Some(event::Event::Exit(exit)) => return exit,
+                    Some(event) => other(event),
+                    None => panic!("the event stream ended"),
+                }
+            }
+        };
+        tokio::time::timeout(DEADLINE, wait).await.expect("an exit within the deadline")
+    }
+
+    /// Waits for QEMU's end.
+    pub async fn powered_off(&mut self) -> bool {
+        let qemu = self.children.last_mut().expect("qemu");
+        for _ in 0..600 {
+            if qemu.try_wait().expect("wait").is_some() {
+                return true;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        false
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.tasks.abort_all();
+        for child in self.children.iter_mut().rev() {
+            // One that has ended by itself is as good.
+            drop(child.kill());
+            drop(child.wait());
+        }
+        if std::thread::panicking() {
+            println!("console:\n{}", self.console());
+        }
+    }
+}
+
+async fn wait_for(path: &Path) {
+    for _ in 0..500 {
+        if path.exists() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    panic!("{} did not appear", path.display());
+}
+
+async fn accept(listener: UnixListener, streams: Streams, controls: mpsc::Sender<UnixStream>) {
+    let mut connections = JoinSet::new();
+    loop {
+        let Ok((mut stream, _)) = listener.accept().await else { return };
+        let (streams, controls) = (Arc::clone(&streams), controls.clone());
+        connections.spawn(async move {
+            let mut bytes = [0; Preamble::LEN];
+            if stream.read_exact(&mut bytes).await.is_err() {
+                return;
+            }
+            match Preamble::decode(&bytes).expect("preamble") {
+                Preamble { kind: Kind::Control, .. } => drop(controls.send(stream).await),
+                Preamble { kind: Kind::Stream, token } => {
+                    if let Some(waiter) = streams.lock().expect("streams").remove(&token) {
+                        drop(waiter.send(stream));
+                    }
+                }
+            }
+        });
+    }
+}
+
+/// The gRPC client on a connection the guest dialled.
+async fn client(stream: UnixStream) -> AgentClient<Channel> {
+    let stream = Mutex::new(Some(TokioIo::new(stream)));
+    let connector = tower::service_fn(move |_| {
+        let stream = stream.lock().expect("stream").take();
+        async move { stream.ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected)) }
+    });
+    let channel = Endpoint::from_static("http://agent").connect_with_connector(connector).await.expect("connect");
+    AgentClient::new(channel)
+}
+
+/// Reads a stream the guest writes, to its end, and closes it.
+pub async fn read_all(stream: oneshot::Receiver<UnixStream>) -> Vec<u8> {
+    let read = async {
+        let mut bytes = Vec::new();
+        stream.await.expect("dialled").read_to_end(&mut bytes).await.expect("read");
+        bytes
+    };
+    tokio::time::timeout(DEADLINE, read).await.expect("the stream's end within the deadline")
+}
+
+/// Writes a stream the guest reads, ends it and waits for the guest to close.
+pub async fn write_all(stream: oneshot::Receiver<UnixStream>, bytes: &[u8]) {
+    let write = async {
+        let mut stream = stream.await.expect("dialled");
+        stream.write_all(bytes).await.expect("write");
+        stream.shutdown().await.expect("shutdown");
+        stream.read_to_end(&mut Vec::new()).await.expect("closed");
+    };
+    tokio::time::timeout(DEADLINE, write).await.expect("everything taken within the deadline");
+}
