@@ -19,6 +19,7 @@ pub mod qemu;
 pub mod seccomp;
 pub mod sizing;
 pub mod storage;
+pub mod store;
 pub mod tail;
 pub mod timeouts;
 pub mod vm;

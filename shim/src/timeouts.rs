@@ -28,3 +28,5 @@ pub const CHILD_EXIT: Duration = Duration::from_secs(5);
 pub const EVENT_FORWARD: Duration = Duration::from_secs(5);
 /// Everything that is asked of the kernel about a pod's network, in one visit of its namespace.
 pub const NETWORK: Duration = Duration::from_secs(10);
+/// The whole of a teardown; containerd gives `delete` five seconds.
+pub const TEARDOWN: Duration = Duration::from_secs(4);
