@@ -1,7 +1,10 @@
 //! Disks: LUNs on one virtio-scsi controller (virtio 1.3 §5.6), which come and go while the VM runs, on either machine type.
 //!
 //! The controller is given at start. A disk is a file or block device that the shim has opened; QEMU gets it through the monitor
-//! as a set of open files. Each disk is LUN 0 of a target of its own and is known in the guest by its serial.
+//! as a set of open files. Each disk is a LUN of target 0 and is known in the guest by its serial.
+//!
+//! LUN 0 stays free: Linux answers the hot-plug of a LUN 0 by scanning its target, which `scsi_mod.scan=manual` forbids, and of
+//! any other by adding that one device, which is less work too (`virtscsi_handle_transport_reset`, drivers/scsi/virtio_scsi.c).
 
 use std::os::fd::OwnedFd;
 
@@ -25,7 +28,7 @@ pub struct ScsiController {
 }
 
 impl ScsiController {
-    /// All disks come while the guest runs, so it need not look for any of the 256 targets when it boots.
+    /// All disks come while the guest runs, so it need not look for any at 256 targets when it boots (60 ms under TCG).
     pub const KERNEL_PARAMS: &[&str] = &["scsi_mod.scan=manual"];
 
     /// Adds the controller to the command line.
@@ -58,21 +61,21 @@ pub enum DiskSource {
 }
 
 impl Disk {
-    /// Attaches the disk to `controller` as `target`; `file` is its content.
+    /// Attaches the disk to `controller` as `lun`; `file` is its content.
     ///
     /// Sends `add-fd`, `blockdev-add`, `device_add`; on error nothing of them is left behind. Not cancel safe: run it as a job.
     pub async fn plug(
         &self,
         qmp: &Qmp,
         controller: &DeviceId,
-        target: u8,
+        lun: u8,
         file: OwnedFd,
     ) -> Result<PluggedDisk, QmpError> {
         let set = qmp.execute_with_file(AddFd { opaque: self.id.to_string() }, file).await?;
-        let plugged = PluggedDisk { id: self.id.clone(), target, fdset_id: set.fdset_id };
+        let plugged = PluggedDisk { id: self.id.clone(), lun, fdset_id: set.fdset_id };
         let attach = async {
             qmp.execute(BlockdevAdd { options: self.node(set.fdset_id) }).await?;
-            qmp.execute(self.device(controller, target)).await
+            qmp.execute(self.device(controller, lun)).await
         };
         match attach.await {
             Ok(_) => Ok(plugged),
@@ -104,13 +107,13 @@ impl Disk {
         })
     }
 
-    fn device(&self, controller: &DeviceId, target: u8) -> DeviceAdd {
+    fn device(&self, controller: &DeviceId, lun: u8) -> DeviceAdd {
         let properties = [
             ("bus", json!(format!("{controller}.0"))),
             ("drive", json!(self.id)),
             ("channel", json!(0)),
-            ("scsi-id", json!(target)),
-            ("lun", json!(0)),
+            ("scsi-id", json!(0)),
+            ("lun", json!(lun)),
             ("serial", json!(self.serial)),
             // Not a spinning disk.
             ("rotation_rate", json!(1)),
@@ -125,8 +128,8 @@ impl Disk {
 pub struct PluggedDisk {
     /// Name of the device and of its block node.
     pub id: DeviceId,
-    /// Its SCSI target.
-    pub target: u8,
+    /// Its number on the controller.
+    pub lun: u8,
     /// QEMU's set of open files with its content.
     pub fdset_id: i64,
 }
@@ -230,8 +233,8 @@ mod tests {
                     "driver": "raw", "node-name": "disk-7", "read-only": true, "discard": "unmap", "file": file,
                 }]),
                 json!(["device_add", {
-                    "driver": "scsi-hd", "id": "disk-7", "bus": "scsi.0", "drive": "disk-7", "channel": 0, "scsi-id": 5,
-                    "lun": 0, "serial": "rootfs", "rotation_rate": 1,
+                    "driver": "scsi-hd", "id": "disk-7", "bus": "scsi.0", "drive": "disk-7", "channel": 0, "scsi-id": 0,
+                    "lun": 5, "serial": "rootfs", "rotation_rate": 1,
                 }]),
                 json!(["device_del", {"id": "disk-7"}]),
                 json!(["blockdev-del", {"node-name": "disk-7"}]),

@@ -1,4 +1,4 @@
-//! The planner: which machine type a list of devices needs, where each device sits, and which target a disk gets. Pure.
+//! The planner: which machine type a list of devices needs, where each device sits, and which LUN a disk gets. Pure.
 //!
 //! `microvm` without ACPI has eight virtio-mmio slots (QEMU: "No 'virtio-bus' bus found" at the ninth device). On `q35` every
 //! device has a place of its own on the root complex.
@@ -89,9 +89,9 @@ pub enum SlotError {
     /// Two devices have one name.
     #[error("device id {0} is given twice")]
     Duplicate(String),
-    /// All targets of the SCSI controller are taken.
-    #[error("all {} SCSI targets of the VM are taken", Targets::COUNT)]
-    NoTarget,
+    /// All units of the SCSI controller are taken.
+    #[error("all {} disks that a VM can have are attached", Luns::COUNT)]
+    NoLun,
 }
 
 /// Chooses the machine type, if `wanted` leaves it open, and gives each device an address.
@@ -118,24 +118,24 @@ pub fn plan(wanted: Machine, devices: &[Device]) -> Result<Plan, SlotError> {
     Ok(Plan { machine, addresses: all.into_iter().take(devices.len()).collect() })
 }
 
-/// The targets of the SCSI controller: each disk is LUN 0 of a target of its own.
+/// The logical units of the SCSI controller's only target that disks take. See [`crate::device::block`] for why 0 is not one.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Targets(BTreeSet<u8>);
+pub struct Luns(BTreeSet<u8>);
 
-impl Targets {
-    /// QEMU's virtio-scsi offers targets 0 to 255.
-    pub const COUNT: usize = 256;
+impl Luns {
+    /// Units 1 to 255.
+    pub const COUNT: usize = 255;
 
-    /// Takes the lowest free target.
+    /// Takes the lowest free unit.
     pub fn take(&mut self) -> Result<u8, SlotError> {
-        let target = (0..=u8::MAX).find(|target| !self.0.contains(target)).ok_or(SlotError::NoTarget)?;
-        self.0.insert(target);
-        Ok(target)
+        let lun = (1..=u8::MAX).find(|lun| !self.0.contains(lun)).ok_or(SlotError::NoLun)?;
+        self.0.insert(lun);
+        Ok(lun)
     }
 
-    /// Gives a target back; nothing happens if it is free.
-    pub fn give_back(&mut self, target: u8) {
-        self.0.remove(&target);
+    /// Gives a unit back; nothing happens if it is free.
+    pub fn give_back(&mut self, lun: u8) {
+        self.0.remove(&lun);
     }
 }
 
@@ -200,24 +200,24 @@ mod tests {
     }
 
     #[test]
-    fn targets_are_never_given_twice_however_they_come_and_go() {
+    fn luns_are_never_given_twice_however_they_come_and_go() {
         let mut random = rand::rng();
-        let mut targets = Targets::default();
+        let mut luns = Luns::default();
         let mut held = BTreeSet::new();
         for _ in 0..5000 {
             if random.random_bool(0.6) {
-                match targets.take() {
-                    Ok(target) => assert!(held.insert(target), "{target} is held already"),
+                match luns.take() {
+                    Ok(lun) => assert!(held.insert(lun), "{lun} is held already"),
                     Err(error) => {
-                        assert_eq!(error, SlotError::NoTarget);
-                        assert_eq!(held.len(), Targets::COUNT);
+                        assert_eq!(error, SlotError::NoLun);
+                        assert_eq!(held.len(), Luns::COUNT);
                     }
                 }
-            } else if let Some(target) = held.pop_first() {
-                targets.give_back(target);
-                targets.give_back(target);
+            } else if let Some(lun) = held.pop_first() {
+                luns.give_back(lun);
+                luns.give_back(lun);
             }
         }
-        assert_eq!(targets.0, held);
+        assert_eq!(luns.0, held);
     }
 }

@@ -20,7 +20,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::device::block::{Disk, PluggedDisk};
 use crate::device::file::FileRole;
-use crate::device::slots::{SlotError, Targets};
+use crate::device::slots::{Luns, SlotError};
 use crate::device::{Device, DeviceId};
 use crate::error;
 use crate::host::HostThread;
@@ -33,6 +33,8 @@ use crate::vm::config::VmConfig;
 
 /// How much of the console is kept.
 const CONSOLE_TAIL: usize = 64 << 10;
+/// How it is told that the guest's kernel gave up.
+const PANICKED: &str = "the guest's kernel panicked";
 /// How much of the console goes into an error.
 const CONSOLE_IN_ERROR: usize = 1000;
 
@@ -124,7 +126,7 @@ pub struct Vm {
     qmp: Qmp,
     console: Tail,
     controller: Option<DeviceId>,
-    targets: Mutex<Targets>,
+    luns: Mutex<Luns>,
     tasks: TaskTracker,
 }
 
@@ -174,7 +176,7 @@ impl Vm {
             Device::Scsi(controller) => Some(controller.id.clone()),
             _ => None,
         });
-        Ok(Self { child, qmp, console: tail, controller, targets: Mutex::default(), tasks })
+        Ok(Self { child, qmp, console: tail, controller, luns: Mutex::default(), tasks })
     }
 
     /// The QEMU process.
@@ -218,9 +220,9 @@ impl Vm {
     /// Attaches `disk`, whose content `file` is; the guest finds it by its serial. Not cancel safe: run it as a job.
     pub async fn plug(&self, disk: &Disk, file: OwnedFd) -> Result<PluggedDisk, VmError> {
         let controller = self.controller.as_ref().ok_or(VmError::NoController)?;
-        let target = self.targets.lock().unwrap_or_else(PoisonError::into_inner).take()?;
-        disk.plug(&self.qmp, controller, target, file).await.map_err(|source| {
-            self.targets.lock().unwrap_or_else(PoisonError::into_inner).give_back(target);
+        let lun = self.luns.lock().unwrap_or_else(PoisonError::into_inner).take()?;
+        disk.plug(&self.qmp, controller, lun, file).await.map_err(|source| {
+            self.luns.lock().unwrap_or_else(PoisonError::into_inner).give_back(lun);
             VmError::Qmp { what: format!("plug disk {}", disk.id), source }
         })
     }
@@ -229,7 +231,7 @@ impl Vm {
     pub async fn unplug(&self, disk: &PluggedDisk) -> Result<(), VmError> {
         let unplugged = disk.unplug(&self.qmp).await;
         unplugged.map_err(|source| VmError::Qmp { what: format!("unplug disk {}", disk.id), source })?;
-        self.targets.lock().unwrap_or_else(PoisonError::into_inner).give_back(disk.target);
+        self.luns.lock().unwrap_or_else(PoisonError::into_inner).give_back(disk.lun);
         Ok(())
     }
 
@@ -279,7 +281,9 @@ async fn not_started(child: &Child, console: &Tail, what: &str, source: QmpError
     if matches!(source, QmpError::Closed { .. })
         && tokio::time::timeout(timeouts::CHILD_EXIT, child.wait()).await.is_ok()
     {
-        return VmError::Ended { what, how: obituary(child, console) };
+        // The monitor answers before the guest runs, so this is QEMU's end, whatever its status; except for a very fast panic.
+        let how = panic_line(&console.text()).map_or_else(|| child.obituary(), |panic| format!("{PANICKED}: {panic}"));
+        return VmError::Ended { what, how };
     }
     VmError::Qmp { what, source }
 }
@@ -288,7 +292,7 @@ fn obituary(child: &Child, console: &Tail) -> String {
     // A guest that panics or powers off makes QEMU exit with 0 and say nothing.
     let quiet_exit = *child.exited().borrow() == Some(ChildExit::Exited(0)) && child.stderr_tail().is_empty();
     match panic_line(&console.text()) {
-        Some(panic) => format!("the guest's kernel panicked: {panic}"),
+        Some(panic) => format!("{PANICKED}: {panic}"),
         None if quiet_exit => format!("the guest powered off{}", console_clause(console)),
         None => child.obituary(),
     }
