@@ -52,7 +52,7 @@ fn uevents() -> Result<AsyncFd<OwnedFd>> {
         bind(socket.as_raw_fd(), &NetlinkAddr::new(0, KERNEL_EVENTS))?;
         Ok(socket)
     };
-    AsyncFd::new(open().during(|| "listen for device events")?).during(|| "listen for device events")
+    AsyncFd::register(open().during(|| "listen for device events")?).during(|| "listen for device events")
 }
 
 /// Looks through `/sys/block`; a device without a node in /dev yet does not count.

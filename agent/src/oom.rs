@@ -25,7 +25,7 @@ impl Watch {
     /// Watches the cgroup at `directory`.
     pub fn new(directory: &Path) -> Result<Self> {
         let file = File::open(directory.join("memory.events")).during(|| "open memory.events")?;
-        let file = AsyncFd::with_interest(file, Interest::PRIORITY).during(|| "watch memory.events")?;
+        let file = AsyncFd::register_with_interest(file, Interest::PRIORITY).during(|| "watch memory.events")?;
         Ok(Self { file, seen: Mutex::new(0) })
     }
 

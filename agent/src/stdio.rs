@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bulkhead_proto::agent as api;
-use bulkhead_proto::wire::{Kind, Token};
+use bulkhead_proto::wire::{Deframer, END, FRAME_HEADER, Kind, MAX_FRAME, Token, frame_header};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 use tokio::io::unix::AsyncFd;
@@ -22,8 +22,6 @@ use tokio_util::task::TaskTracker;
 use crate::error::{During, Error, Result};
 use crate::link::Host;
 
-/// Bytes moved at once; the same as a vsock packet's largest payload.
-const CHUNK: usize = 64 * 1024;
 /// What [`Output::settle`] takes at most: a pipe's capacity, however fast a background child writes on.
 const SETTLED_AT_MOST: usize = 1024 * 1024;
 /// How long a finished sender waits for the receiver to close.
@@ -131,7 +129,7 @@ impl Streams {
     pub fn run(plan: &Plan, ends: Ends, terminal: Option<OwnedFd>, host: &Host) -> Result<Self> {
         let watch = |fd: OwnedFd| -> Result<Arc<AsyncFd<OwnedFd>>> {
             set_nonblocking(&fd)?;
-            AsyncFd::new(fd).map(Arc::new).during(|| "watch a stream")
+            AsyncFd::register(fd).map(Arc::new).during(|| "watch a stream")
         };
         let terminal = terminal.map(watch).transpose()?;
         let mut streams =
@@ -149,7 +147,7 @@ impl Streams {
                 }
             });
         }
-        let mut pump_output = |name: &'static str, token: Option<Token>, fd: Option<Arc<AsyncFd<OwnedFd>>>| {
+        let pump_output = |name: &'static str, token: Option<Token>, fd: Option<Arc<AsyncFd<OwnedFd>>>| {
             let output = Arc::new(Output { fd: fd?, pending: Mutex::default() });
             let (host, abandon, source) = (host.clone(), streams.abandon.clone(), Arc::clone(&output));
             streams.pumps.spawn(async move {
@@ -294,19 +292,20 @@ fn look(fd: &AsyncFd<OwnedFd>, buffer: &mut [u8]) -> Look {
 /// Sends an output until its end, or until abandoned and nothing settled is left.
 async fn pump_out(host: &Host, token: Token, source: &Output, abandon: &CancellationToken) -> io::Result<()> {
     let mut stream = host.dial(Kind::Stream, token).await?;
-    let mut buffer = vec![0; CHUNK];
+    let mut frame = vec![0; FRAME_HEADER + MAX_FRAME];
     loop {
         let count = tokio::select! {
             biased;
-            read = source.read(&mut buffer) => read?,
+            read = source.read(&mut frame[FRAME_HEADER..]) => read?,
             () = abandon.cancelled() => 0,
         };
         if count == 0 {
             break;
         }
-        stream.write_all(&buffer[..count]).await?;
+        frame[..FRAME_HEADER].copy_from_slice(&frame_header(count));
+        stream.write_all(&frame[..FRAME_HEADER + count]).await?;
     }
-    stream.shutdown(std::net::Shutdown::Write)?;
+    stream.write_all(&END).await?;
     // The receiver closes when it has everything; a connection closed earlier could take bytes with it.
     match tokio::time::timeout(LINGER, stream.read(&mut [0; 1])).await {
         Ok(_closed) => Ok(()),
@@ -319,31 +318,35 @@ async fn discard(source: &Output) {
     while source.read(&mut buffer).await.is_ok_and(|count| count > 0) {}
 }
 
-/// Feeds a process until the host's end, or until the process takes no more.
+/// Feeds a process until the end frame, or until the process takes no more.
 async fn pump_in(host: &Host, token: Token, sink: &AsyncFd<OwnedFd>) -> io::Result<()> {
     let mut stream = host.dial(Kind::Stream, token).await?;
-    let mut buffer = vec![0; CHUNK];
-    loop {
+    let mut deframer = Deframer::default();
+    let mut buffer = vec![0; MAX_FRAME];
+    while !deframer.ended() {
         let count = tokio::select! {
             read = stream.read(&mut buffer) => read?,
             // Nobody reads the pipe any more: the host learns it by the connection's end.
-            _ = closed(sink) => return Ok(()),
+            () = closed(sink) => return Ok(()),
         };
         if count == 0 {
-            return Ok(());
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the host closed the stream before its end"));
         }
-        let mut rest = &buffer[..count];
-        while !rest.is_empty() {
-            // The write comes before the wait: `closed` may have taken the readiness that was there.
-            match rustix::io::write(sink.get_ref(), rest) {
-                Ok(written) => rest = &rest[written..],
-                Err(Errno::AGAIN) => sink.writable().await?.clear_ready(),
-                Err(Errno::INTR) => {}
-                Err(Errno::PIPE | Errno::IO) => return Ok(()),
-                Err(error) => return Err(error.into()),
+        let mut input = &buffer[..count];
+        while let Some(mut rest) = deframer.next(&mut input).map_err(io::Error::other)? {
+            while !rest.is_empty() {
+                // The write comes before the wait: `closed` may have taken the readiness that was there.
+                match rustix::io::write(sink.get_ref(), rest) {
+                    Ok(written) => rest = &rest[written..],
+                    Err(Errno::AGAIN) => sink.writable().await?.clear_ready(),
+                    Err(Errno::INTR) => {}
+                    Err(Errno::PIPE | Errno::IO) => return Ok(()),
+                    Err(error) => return Err(error.into()),
+                }
             }
         }
     }
+    Ok(())
 }
 
 /// Waits until a pipe has no reader left; for a pty, until its slave side is gone.

@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bulkhead_proto::agent::agent_client::AgentClient;
 use bulkhead_proto::agent::{self as api, Event, event};
-use bulkhead_proto::wire::{Kind, Preamble, Token};
+use bulkhead_proto::wire::{Deframer, END, Kind, MAX_FRAME, Preamble, Token, frame_header};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
@@ -230,8 +230,16 @@ async fn client(stream: UnixStream) -> AgentClient<Channel> {
 /// Reads a stream the guest writes, to its end, and closes it.
 pub async fn read_all(stream: oneshot::Receiver<UnixStream>) -> Vec<u8> {
     let read = async {
-        let mut bytes = Vec::new();
-        stream.await.expect("dialled").read_to_end(&mut bytes).await.expect("read");
+        let (mut stream, mut deframer, mut bytes) = (stream.await.expect("dialled"), Deframer::default(), Vec::new());
+        let mut buffer = vec![0; 256 * 1024];
+        while !deframer.ended() {
+            let count = stream.read(&mut buffer).await.expect("read");
+            assert!(count > 0, "the connection ended before the stream");
+            let mut input = &buffer[..count];
+            while let Some(payload) = deframer.next(&mut input).expect("frame") {
+                bytes.extend_from_slice(payload);
+            }
+        }
         bytes
     };
     tokio::time::timeout(DEADLINE, read).await.expect("the stream's end within the deadline")
@@ -241,9 +249,12 @@ pub async fn read_all(stream: oneshot::Receiver<UnixStream>) -> Vec<u8> {
 pub async fn write_all(stream: oneshot::Receiver<UnixStream>, bytes: &[u8]) {
     let write = async {
         let mut stream = stream.await.expect("dialled");
-        stream.write_all(bytes).await.expect("write");
-        stream.shutdown().await.expect("shutdown");
+        for chunk in bytes.chunks(MAX_FRAME) {
+            stream.write_all(&frame_header(chunk.len())).await.expect("write");
+            stream.write_all(chunk).await.expect("write");
+        }
+        stream.write_all(&END).await.expect("write");
         stream.read_to_end(&mut Vec::new()).await.expect("closed");
     };
-    tokio::time::timeout(DEADLINE, write).await.expect("everything taken within the deadline");
+    tokio::time::timeout(DEADLINE, write).await.expect("everything taken within the deadline")
 }
