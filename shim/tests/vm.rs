@@ -1,7 +1,7 @@
 //! The VM layer with real QEMU and a guest of a hundred lines: boot, confinement, every way to end, disks that come and go.
 #![allow(clippy::unwrap_used, missing_docs)]
 
-mod support;
+mod vm_support;
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use bulkhead_shim::device::rng::Rng;
 use bulkhead_shim::device::{Device, DeviceId};
 use bulkhead_shim::process::ChildExit;
 use bulkhead_shim::vm::VmError;
-use support::{Bench, until_console};
+use vm_support::{Bench, until_console};
 
 const MACHINES: [Machine; 2] = [Machine::Microvm, Machine::Q35];
 
@@ -72,7 +72,7 @@ async fn qemu_has_no_root_no_capabilities_a_filter_and_namespaces_of_its_own() {
 async fn a_panic_of_the_guest_is_told_in_its_own_words() {
     let Some(bench) = Bench::new() else { return };
     let vm = bench.boot(&bench.config(Machine::Microvm, "test=panic", Vec::new())).await.unwrap();
-    let waited = vm.while_alive("wait for the agent", Duration::from_secs(60), std::future::pending::<()>()).await;
+    let waited = vm.while_alive("wait for the agent", Duration::from_mins(1), std::future::pending::<()>()).await;
     let text = waited.unwrap_err().to_string();
     let expected =
         "wait for the agent: the guest's kernel panicked: Kernel panic - not syncing: Attempted to kill init!";
@@ -87,7 +87,7 @@ async fn a_killed_qemu_is_noticed_at_once() {
     let pid = rustix::process::Pid::from_raw(vm.child().pid()).unwrap();
     let begun = Instant::now();
     rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
-    let waited = vm.while_alive("exec", Duration::from_secs(60), std::future::pending::<()>()).await;
+    let waited = vm.while_alive("exec", Duration::from_mins(1), std::future::pending::<()>()).await;
     assert_eq!(waited.unwrap_err().to_string(), "exec: QEMU was ended by signal 9 (SIGKILL)");
     assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
     vm.kill().await.unwrap();

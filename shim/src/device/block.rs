@@ -4,7 +4,7 @@
 //! as a set of open files. Each disk is a LUN of target 0 and is known in the guest by its serial.
 //!
 //! LUN 0 stays free: Linux answers the hot-plug of a LUN 0 by scanning its target, which `scsi_mod.scan=manual` forbids, and of
-//! any other by adding that one device, which is less work too (`virtscsi_handle_transport_reset`, drivers/scsi/virtio_scsi.c).
+//! any other by adding that one device, which is less work too (`virtscsi_handle_transport_reset` in the kernel).
 
 use std::os::fd::OwnedFd;
 

@@ -102,9 +102,8 @@ pub fn plan(wanted: Machine, devices: &[Device]) -> Result<Plan, SlotError> {
     }
     let machine = match wanted {
         Machine::Microvm => MachineType::Microvm,
-        Machine::Q35 => MachineType::Q35,
         Machine::Auto if devices.len() <= MMIO_SLOTS => MachineType::Microvm,
-        Machine::Auto => MachineType::Q35,
+        Machine::Auto | Machine::Q35 => MachineType::Q35,
     };
     let (name, hint, all): (_, _, Vec<_>) = match machine {
         MachineType::Microvm => {

@@ -137,11 +137,13 @@ impl Qmp {
     }
 }
 
+type Reply = oneshot::Sender<Result<Value, QmpError>>;
+
 struct Request {
     command: &'static str,
     arguments: Value,
     file: Option<OwnedFd>,
-    reply: oneshot::Sender<Result<Value, QmpError>>,
+    reply: Reply,
 }
 
 /// What is still to be written: the file travels with the first byte.
@@ -155,7 +157,7 @@ struct Connection {
     stream: UnixStream,
     input: Vec<u8>,
     outbox: VecDeque<Outgoing>,
-    pending: HashMap<u64, (&'static str, oneshot::Sender<Result<Value, QmpError>>)>,
+    pending: HashMap<u64, (&'static str, Reply)>,
     next_id: u64,
     greeted: Option<oneshot::Sender<()>>,
     events: broadcast::Sender<Event>,

@@ -3,6 +3,7 @@
 //! What every VM has in common is here, devices render themselves. Machines:
 //! <https://www.qemu.org/docs/master/system/i386/microvm.html>, <https://www.qemu.org/docs/master/system/i386/pc.html>
 
+use crate::device::Device;
 use crate::device::console::Console;
 use crate::device::file::{FileRole, FileTable};
 use crate::device::memory::Memory;
@@ -35,10 +36,7 @@ pub fn render(config: &VmConfig) -> Result<CommandLine, SlotError> {
     accelerator(config.accel, &mut args);
     args.option("-smp", config.vcpus);
 
-    let memory = Memory {
-        size_mib: config.memory_mib,
-        shared: config.devices.iter().any(crate::device::Device::needs_shared_memory),
-    };
+    let memory = Memory { size_mib: config.memory_mib, shared: config.devices.iter().any(Device::needs_shared_memory) };
     let machine = memory.args(&mut args, machine(plan.machine));
     args.option("-machine", machine);
 
@@ -82,7 +80,7 @@ fn machine(machine: MachineType) -> Properties {
 /// fault: the others are not there on microvm.
 fn kernel_command_line(config: &VmConfig) -> String {
     let mut params = vec![Console::KERNEL_PARAM, "quiet", "panic=-1", "reboot=t"];
-    for param in config.devices.iter().flat_map(|device| device.kernel_params()) {
+    for param in config.devices.iter().flat_map(Device::kernel_params) {
         if !params.contains(param) {
             params.push(param);
         }
@@ -95,13 +93,13 @@ fn kernel_command_line(config: &VmConfig) -> String {
 mod tests {
     use super::*;
     use crate::config::Machine;
+    use crate::device::DeviceId;
     use crate::device::balloon::Balloon;
     use crate::device::block::ScsiController;
     use crate::device::fs::Fs;
     use crate::device::net::{MacAddress, Net};
     use crate::device::rng::Rng;
     use crate::device::vsock::{Backend, Vsock};
-    use crate::device::{Device, DeviceId};
     use std::path::Path;
 
     fn id(id: &str) -> DeviceId {

@@ -92,8 +92,7 @@ impl From<VmError> for error::Error {
         let kind = match &error {
             VmError::NoKvm(_) | VmError::Asset(_) => error::Kind::FailedPrecondition,
             VmError::Slots(_) | VmError::NoController => error::Kind::InvalidArgument,
-            VmError::Ended { .. } => error::Kind::Unavailable,
-            VmError::Qmp { source: QmpError::Closed { .. }, .. } => error::Kind::Unavailable,
+            VmError::Ended { .. } | VmError::Qmp { source: QmpError::Closed { .. }, .. } => error::Kind::Unavailable,
             VmError::Deadline { .. } | VmError::Qmp { source: QmpError::Deadline { .. }, .. } => {
                 error::Kind::DeadlineExceeded
             }

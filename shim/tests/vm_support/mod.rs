@@ -91,7 +91,7 @@ pub async fn until_console(vm: &Vm, text: &str) {
             tokio::time::sleep(std::time::Duration::from_millis(5)).await;
         }
     };
-    let deadline = std::time::Duration::from_secs(60);
+    let deadline = std::time::Duration::from_mins(1);
     if let Err(error) = vm.while_alive(&format!("wait for {text:?} on the console"), deadline, said).await {
         assert!(vm.console_tail().contains(text), "{error}");
     }
