@@ -1,0 +1,133 @@
+//! Configuration files of a private node: containerd's, by version, and Bulkhead's.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use crate::containerd::Layout;
+use crate::image::PAUSE;
+use crate::tools::Version;
+
+/// The handler whose Bulkhead configuration a test may break without harming the others.
+pub const BAD_HANDLER: &str = "bulkhead-bad";
+/// The handler that starts pods through containerd's sandbox API (2.x).
+pub const SANDBOXER_HANDLER: &str = "bulkhead-sandbox";
+
+/// Handlers of Bulkhead in the order of the file, each with its own configuration file in [`Layout::root`].
+pub const BULKHEAD_HANDLERS: [(&str, &str); 3] =
+    [("bulkhead", "bulkhead.toml"), (BAD_HANDLER, "bad.toml"), (SANDBOXER_HANDLER, "bulkhead.toml")];
+
+/// containerd's configuration.
+pub fn containerd(version: Version, layout: &Layout, runc: &Path) -> String {
+    let root = layout.root.display();
+    let (runtime, images, server) = if version.is_v2() {
+        ("io.containerd.cri.v1.runtime", "io.containerd.cri.v1.images", "io.containerd.grpc.v1.cri")
+    } else {
+        ("io.containerd.grpc.v1.cri", "io.containerd.grpc.v1.cri", "io.containerd.grpc.v1.cri")
+    };
+    let mut text = format!(
+        r#"version = {version_number}
+root = "{root}/root"
+state = "{root}/state"
+temp = "{root}/temp"
+disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.blockfile", "io.containerd.snapshotter.v1.erofs"]
+
+[grpc]
+address = "{socket}"
+
+[debug]
+level = "info"
+
+[plugins."io.containerd.internal.v1.opt"]
+path = "{root}/opt"
+
+[plugins."io.containerd.nri.v1.nri"]
+disable = true
+
+"#,
+        version_number = if version.is_v2() { 3 } else { 2 },
+        socket = layout.socket.display(),
+    );
+    let mut runtime_keys = String::from("restrict_oom_score_adj = true\nnetns_mounts_under_state_dir = true\n");
+    let server_keys = "stream_server_address = \"127.0.0.1\"\nstream_server_port = \"0\"\n";
+    let image_keys = format!("sandbox_image = \"{PAUSE}\"\n");
+    let cni = layout.root.join("cni/conf");
+    let cni_keys = |list: &str| {
+        let directory = if version.is_v2() { "bin_dirs = [\"/usr/lib/cni\"]" } else { "bin_dir = \"/usr/lib/cni\"" };
+        format!("[plugins.\"{list}\".cni]\n{directory}\nconf_dir = \"{}\"\nmax_conf_num = 1\n\n", cni.display())
+    };
+    // Writing to a String cannot fail.
+    if version.is_v2() {
+        let _ = write!(text, "[plugins.\"{server}\"]\n{server_keys}\n");
+        let _ = write!(text, "[plugins.\"{images}\".pinned_images]\nsandbox = \"{PAUSE}\"\n\n");
+    } else {
+        runtime_keys.push_str(server_keys);
+        runtime_keys.push_str(&image_keys);
+    }
+    let _ = write!(text, "[plugins.\"{runtime}\"]\n{runtime_keys}\n");
+    text.push_str(&cni_keys(runtime));
+    let _ = write!(
+        text,
+        "[plugins.\"{runtime}\".containerd]\ndefault_runtime_name = \"runc\"\n\n\
+         [plugins.\"{runtime}\".containerd.runtimes.runc]\nruntime_type = \"io.containerd.runc.v2\"\n\n\
+         [plugins.\"{runtime}\".containerd.runtimes.runc.options]\nBinaryName = \"{}\"\n\n",
+        runc.display()
+    );
+    for (handler, file) in BULKHEAD_HANDLERS {
+        if handler == SANDBOXER_HANDLER && !version.is_v2() {
+            continue;
+        }
+        let table = format!("plugins.\"{runtime}\".containerd.runtimes.{handler}");
+        let sandboxer = if handler == SANDBOXER_HANDLER { "sandboxer = \"shim\"\n" } else { "" };
+        let _ = write!(
+            text,
+            "[{table}]\nruntime_type = \"io.containerd.bulkhead.v2\"\npod_annotations = [\"bulkhead.io/*\"]\n\
+             container_annotations = [\"bulkhead.io/*\"]\nprivileged_without_host_devices = true\n{sandboxer}\n\
+             [{table}.options]\nTypeUrl = \"runtimeoptions.v1.Options\"\nConfigPath = \"{root}/{file}\"\n\n"
+        );
+    }
+    text
+}
+
+/// What a test may set differently in Bulkhead's configuration. Paths are those of [`Layout`] unless given.
+#[derive(Debug, Default, Clone)]
+pub struct Bulkhead {
+    /// `accel`; automatic unless given.
+    pub accel: Option<String>,
+    /// Path of QEMU.
+    pub qemu: Option<String>,
+    /// Path of the guest's kernel.
+    pub kernel: Option<String>,
+    /// Path of the guest's initramfs.
+    pub initramfs: Option<String>,
+    /// Path of virtiofsd.
+    pub virtiofsd: Option<String>,
+    /// Path of the vsock helper.
+    pub vhost_device_vsock: Option<String>,
+    /// A line put at the top as it is.
+    pub extra: String,
+    /// Annotations that pods may use; all unless given.
+    pub allowed_annotations: Option<Vec<String>>,
+}
+
+impl Bulkhead {
+    /// The file's text.
+    pub fn render(&self, layout: &Layout) -> String {
+        let program = |name: &str| layout.program(name).display().to_string();
+        let all = ["vcpus", "memory-mib", "machine"].map(|key| format!("bulkhead.io/{key}"));
+        let or = |given: &Option<String>, name: &str| given.clone().unwrap_or_else(|| program(name));
+        format!(
+            "{extra}\nallowed_annotations = {annotations:?}\nstate_dir = \"{state}\"\nkernel = \"{kernel}\"\ninitramfs = \"{initramfs}\"\n\
+             virtiofsd = \"{virtiofsd}\"\nvhost_device_vsock = \"{vsock}\"\n\n\
+             [qemu]\npath = \"{qemu}\"\naccel = \"{accel}\"\n",
+            extra = self.extra,
+            annotations = self.allowed_annotations.as_deref().unwrap_or(&all),
+            state = layout.bulkhead_state.display(),
+            kernel = or(&self.kernel, "vmlinux"),
+            initramfs = or(&self.initramfs, "initramfs"),
+            virtiofsd = or(&self.virtiofsd, "virtiofsd"),
+            vsock = or(&self.vhost_device_vsock, "vhost-device-vsock"),
+            qemu = or(&self.qemu, "qemu-system-x86_64"),
+            accel = self.accel.as_deref().unwrap_or("auto"),
+        )
+    }
+}

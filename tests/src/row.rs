@@ -1,0 +1,122 @@
+//! One promise and the test of it: a row of the table that runs against every runtime.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::Result;
+
+use crate::command::Output;
+use crate::config::SANDBOXER_HANDLER;
+use crate::containerd::Node;
+use crate::ctr::Ctr;
+use crate::pod::{self, Pod, PodSpec};
+
+/// What runs the pods.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Runtime {
+    /// Debian's runc: the measure.
+    Runc,
+    /// Bulkhead, as the pause container's runtime.
+    Bulkhead,
+    /// Bulkhead through containerd's sandbox API, without a pause container.
+    BulkheadSandbox,
+}
+
+impl Runtime {
+    /// Name in test names and in `BULKHEAD_TEST_RUNTIMES`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Runc => "runc",
+            Self::Bulkhead => "bulkhead",
+            Self::BulkheadSandbox => "bulkhead-sandbox",
+        }
+    }
+
+    /// Name of the handler in containerd's configuration.
+    pub fn handler(self) -> &'static str {
+        match self {
+            Self::Runc => "runc",
+            Self::Bulkhead => "bulkhead",
+            Self::BulkheadSandbox => SANDBOXER_HANDLER,
+        }
+    }
+
+    /// containerd's name of the runtime.
+    pub fn runtime_type(self) -> &'static str {
+        match self {
+            Self::Runc => "io.containerd.runc.v2",
+            Self::Bulkhead | Self::BulkheadSandbox => "io.containerd.bulkhead.v2",
+        }
+    }
+
+    /// Whether pods are virtual machines.
+    pub fn is_bulkhead(self) -> bool {
+        self != Self::Runc
+    }
+}
+
+/// Where a row runs.
+#[derive(Debug)]
+pub struct Context {
+    /// The containerd.
+    pub node: Arc<Node>,
+    /// The runtime.
+    pub runtime: Runtime,
+    /// An empty directory for the row's files.
+    pub scratch: PathBuf,
+}
+
+impl Context {
+    /// Starts a pod of this runtime.
+    pub fn start(&self, spec: PodSpec) -> Result<Pod> {
+        Pod::start(&self.node, self.runtime.handler(), spec)
+    }
+
+    /// Starts a pod of this runtime and returns what `crictl` said, whether it worked or not.
+    pub fn try_start(&self, spec: PodSpec) -> Result<(Option<Pod>, Output)> {
+        pod::try_start(&self.node, self.runtime.handler(), spec)
+    }
+
+    /// `ctr` for this runtime.
+    pub fn ctr(&self) -> Ctr {
+        Ctr::new(&self.node, self.runtime)
+    }
+}
+
+/// The function of a row.
+#[derive(Debug, Clone, Copy)]
+pub enum Test {
+    /// Makes what it needs itself.
+    Alone(fn(&Context) -> Result<()>),
+    /// Runs containers in a pod that it shares with other rows, and removes them.
+    InPod(fn(&Context, &Pod) -> Result<()>),
+}
+
+/// One promise.
+#[derive(Debug, Clone, Copy)]
+pub struct Row {
+    /// The promise, as a sentence.
+    pub name: &'static str,
+    /// Its test.
+    pub test: Test,
+    /// The only runtimes it holds for; empty: all of the suite.
+    pub only: &'static [Runtime],
+}
+
+impl Row {
+    /// A row that makes its own pods.
+    pub const fn alone(name: &'static str, test: fn(&Context) -> Result<()>) -> Self {
+        Self { name, test: Test::Alone(test), only: &[] }
+    }
+
+    /// A row whose containers may live in a pod with others.
+    pub const fn in_pod(name: &'static str, test: fn(&Context, &Pod) -> Result<()>) -> Self {
+        Self { name, test: Test::InPod(test), only: &[] }
+    }
+
+    /// Restricts the row to some runtimes.
+    #[must_use]
+    pub const fn only(self, only: &'static [Runtime]) -> Self {
+        Self { only, ..self }
+    }
+}
