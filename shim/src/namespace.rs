@@ -443,7 +443,6 @@ mod tests {
     async fn an_overlay_is_mounted_with_its_layers_relative_when_they_are_many() {
         let Some((dir, host, share)) = pod() else { return };
         let layers = dir.path().join("a-long-name-for-the-directory-of-all-the-layers-of-this-snapshotter");
-        // Overlayfs takes no layer from an overlay upon an overlay, and `/tmp` may be one; a tmpfs does.
         fs::create_dir(&layers).expect("mkdir");
         let count = 60;
         let lower: Vec<String> =

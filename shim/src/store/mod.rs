@@ -254,6 +254,10 @@ impl Lock {
         while let Err(errno) = flock(&dir, FlockOperation::NonBlockingLockExclusive) {
             anyhow::ensure!(errno == rustix::io::Errno::WOULDBLOCK, "lock {}: {errno}", path.display());
             anyhow::ensure!(Instant::now() < deadline, "{} is being torn down by somebody else", path.display());
+            #[allow(
+                clippy::disallowed_methods,
+                reason = "flock(2) tells nobody when a lock becomes free but who blocks on it"
+            )]
             std::thread::sleep(Duration::from_millis(5));
         }
         // The holder before us may have removed what we locked, and a new sandbox may have come to its place.
