@@ -6,8 +6,9 @@
 #
 # The node is a QEMU guest under TCG, whose `-cpu max` emulates AMD SVM with nested paging. Its kernel is Debian's cloud
 # image; its root is this machine's own `/`, shared read-only by virtiofs under a tmpfs, so every program and file is
-# there under its own path and nothing the command writes survives. The command runs as root in the current directory,
-# with PATH, HOME and the BULKHEAD_* and CARGO_* variables of the caller; its output and exit status are this script's.
+# there under its own path and nothing the command writes survives; /run, /tmp and /var/lib/containerd start empty. The
+# command runs as root in the current directory, with PATH, HOME and the BULKHEAD_* and CARGO_* variables of the
+# caller; its output and exit status are this script's.
 # BULKHEAD_NODE_MEMORY (MiB), BULKHEAD_NODE_CPUS and BULKHEAD_NODE_TIMEOUT (seconds) change the size and the deadline.
 set -euo pipefail
 
@@ -147,7 +148,11 @@ for _ in $(seq 100); do
     sleep 0.05
 done
 
+# Through a pipe of its own: a stdio chardev counts as closed, and swallows what is written, once stdin is at its end.
 touch "$work/status"
+mkfifo "$work/output"
+cat "$work/output" &
+output=$!
 qemu-system-x86_64 -machine q35,accel=tcg,memory-backend=ram -cpu max -smp "$cpus" -m "${memory}M" \
     -object "memory-backend-memfd,id=ram,size=${memory}M,share=on" \
     -nodefaults -no-user-config -display none -no-reboot \
@@ -156,7 +161,7 @@ qemu-system-x86_64 -machine q35,accel=tcg,memory-backend=ram -cpu max -smp "$cpu
     -chardev "file,id=console,path=$work/console.log" -serial chardev:console \
     -chardev "socket,id=fs,path=$work/fs.sock" -device vhost-user-fs-pci,chardev=fs,tag=machine \
     -device virtio-serial-pci \
-    -chardev stdio,id=output,signal=off -device virtserialport,chardev=output,name=output \
+    -chardev "file,id=output,path=$work/output" -device virtserialport,chardev=output,name=output \
     -chardev "file,id=status,path=$work/status" -device virtserialport,chardev=status,name=status \
     </dev/null 2>"$work/qemu.log" &
 node=$!
@@ -169,6 +174,7 @@ while kill -0 "$node" 2>/dev/null; do
     fi
     sleep 0.5
 done
+wait "$output"
 status=$(tr -d '\r\n' <"$work/status")
 if [[ ! $status =~ ^[0-9]+$ ]]; then
     tail -n 40 "$work/console.log" "$work/qemu.log" >&2
