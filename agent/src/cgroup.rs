@@ -141,11 +141,11 @@ impl Cgroup {
 }
 
 /// The whole content of a file of the kernel's, which must be read anew from its start.
-pub fn read_at_start(file: &fs::File) -> io::Result<String> {
+pub fn read_at_start(file: impl AsFd) -> io::Result<String> {
     let mut buffer = vec![0; 4096];
     let mut length = 0;
     loop {
-        let count = rustix::io::pread(file, &mut buffer[length..], length as u64)?;
+        let count = rustix::io::pread(&file, &mut buffer[length..], length as u64)?;
         length += count;
         if count == 0 {
             break;

@@ -9,9 +9,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::sys::socket::{AddressFamily, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, socket};
+use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use crate::error::{During, Error, Result};
+use crate::sys;
 
 /// How long a device may take to appear after the request that names it.
 const APPEAR: Duration = Duration::from_secs(10);
@@ -52,7 +54,7 @@ fn uevents() -> Result<AsyncFd<OwnedFd>> {
         bind(socket.as_raw_fd(), &NetlinkAddr::new(0, KERNEL_EVENTS))?;
         Ok(socket)
     };
-    AsyncFd::register(open().during(|| "listen for device events")?).during(|| "listen for device events")
+    sys::watch(open().during(|| "listen for device events")?, Interest::READABLE).during(|| "listen for device events")
 }
 
 /// Looks through `/sys/block`; a device without a node in /dev yet does not count.

@@ -155,9 +155,9 @@ fn open_console() {
         return;
     };
     // Without them there is nothing to tell it to.
-    drop(rustix::stdio::dup2_stdin(&console));
-    drop(rustix::stdio::dup2_stdout(&console));
-    drop(rustix::stdio::dup2_stderr(&console));
+    let _ = rustix::stdio::dup2_stdin(&console);
+    let _ = rustix::stdio::dup2_stdout(&console);
+    let _ = rustix::stdio::dup2_stderr(&console);
 }
 
 /// The last value of a parameter of the kernel's command line.

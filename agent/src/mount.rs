@@ -170,7 +170,7 @@ pub fn forget_caches() -> Result<()> {
 pub fn sync(path: &Path) {
     if let Ok(directory) = rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()) {
         // What could not be written now is lost with the machine in any case.
-        drop(nix::unistd::syncfs(&directory));
+        let _ = nix::unistd::syncfs(&directory);
     }
 }
 

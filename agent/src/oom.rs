@@ -4,6 +4,7 @@
 //! that an OOM event comes before the exit it caused.
 
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Mutex;
 use std::sync::PoisonError;
@@ -13,11 +14,11 @@ use tokio::io::unix::AsyncFd;
 
 use crate::cgroup::read_at_start;
 use crate::error::{During, Result};
-use crate::metrics;
+use crate::{metrics, sys};
 
 /// Counts kills in a cgroup.
 pub struct Watch {
-    file: AsyncFd<File>,
+    file: AsyncFd<OwnedFd>,
     seen: Mutex<u64>,
 }
 
@@ -25,7 +26,7 @@ impl Watch {
     /// Watches the cgroup at `directory`.
     pub fn new(directory: &Path) -> Result<Self> {
         let file = File::open(directory.join("memory.events")).during(|| "open memory.events")?;
-        let file = AsyncFd::register_with_interest(file, Interest::PRIORITY).during(|| "watch memory.events")?;
+        let file = sys::watch(file.into(), Interest::PRIORITY).during(|| "watch memory.events")?;
         Ok(Self { file, seen: Mutex::new(0) })
     }
 

@@ -15,12 +15,13 @@ use bulkhead_proto::wire::{Deframer, END, FRAME_HEADER, Kind, MAX_FRAME, Token, 
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::error::{During, Error, Result};
 use crate::link::Host;
+use crate::sys;
 
 /// What [`Output::settle`] takes at most: a pipe's capacity, however fast a background child writes on.
 const SETTLED_AT_MOST: usize = 1024 * 1024;
@@ -129,7 +130,7 @@ impl Streams {
     pub fn run(plan: &Plan, ends: Ends, terminal: Option<OwnedFd>, host: &Host) -> Result<Self> {
         let watch = |fd: OwnedFd| -> Result<Arc<AsyncFd<OwnedFd>>> {
             set_nonblocking(&fd)?;
-            AsyncFd::register(fd).map(Arc::new).during(|| "watch a stream")
+            sys::watch(fd, Interest::READABLE | Interest::WRITABLE).map(Arc::new).during(|| "watch a stream")
         };
         let terminal = terminal.map(watch).transpose()?;
         let mut streams =
@@ -352,7 +353,7 @@ async fn pump_in(host: &Host, token: Token, sink: &AsyncFd<OwnedFd>) -> io::Resu
 /// Waits until a pipe has no reader left; for a pty, until its slave side is gone.
 async fn closed(sink: &AsyncFd<OwnedFd>) {
     loop {
-        let Ok(mut ready) = sink.ready(tokio::io::Interest::WRITABLE).await else { return };
+        let Ok(mut ready) = sink.ready(Interest::WRITABLE).await else { return };
         if ready.ready().is_write_closed() {
             return;
         }

@@ -3,6 +3,16 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// Watches an open file for readiness; `AsyncFd` never lets go of it nor hands it out mutably here.
+#[expect(unsafe_code, reason = "the compiler cannot see that a file keeps its descriptor")]
+pub fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` refers to one open descriptor until it is dropped, which `AsyncFd` does after it deregistered.
+    unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(|error| error.into_parts().1)
+}
+
 /// Which side of [`fork_sibling`] this is.
 pub enum Fork {
     /// The new process.

@@ -168,6 +168,6 @@ impl Visit for Text {
         let separator = if self.0.is_empty() { "" } else { ", " };
         let equals = if name.is_empty() { "" } else { "=" };
         // Writing to a string cannot fail.
-        drop(write!(self.0, "{separator}{name}{equals}{value:?}"));
+        let _ = write!(self.0, "{separator}{name}{equals}{value:?}");
     }
 }

@@ -26,11 +26,11 @@ pub fn start(socket: &UnixStream) -> Result<(), String> {
 /// Waits for children until killed; SIGKILL from outside ends the namespace.
 fn hold() -> ! {
     // A name for `ps` in the pod; nothing depends on it.
-    drop(nix::sys::prctl::set_name(c"pause"));
+    let _ = nix::sys::prctl::set_name(c"pause");
     let mut children = SigSet::empty();
     children.add(Signal::SIGCHLD);
     // Blocked, so that a signal between two waits is not lost.
-    drop(children.thread_block());
+    let _ = children.thread_block();
     loop {
         loop {
             match waitpid(None::<Pid>, Some(WaitPidFlag::WNOHANG | WaitPidFlag::__WALL)) {
@@ -38,6 +38,7 @@ fn hold() -> ! {
                 _ => {}
             }
         }
-        drop(children.wait());
+        // Whatever ends the wait, children are looked for again.
+        let _ = children.wait();
     }
 }
