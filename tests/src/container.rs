@@ -1,7 +1,7 @@
 //! A container in a pod, driven through `crictl`.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -56,7 +56,7 @@ impl ContainerSpec {
 
     /// Binds `host_path` to `container_path`.
     #[must_use]
-    pub fn mount(self, host_path: &std::path::Path, container_path: &str, readonly: bool) -> Self {
+    pub fn mount(self, host_path: &Path, container_path: &str, readonly: bool) -> Self {
         self.push("mounts", json!({"host_path": host_path, "container_path": container_path, "readonly": readonly}))
     }
 
@@ -245,6 +245,11 @@ impl<'a> Container<'a> {
             content => content.with_context(|| format!("read {}", self.log_path.display()))?,
         };
         parse_log(&content)
+    }
+
+    /// The file that containerd writes the log to.
+    pub fn log_path(&self) -> &Path {
+        &self.log_path
     }
 
     /// Text of the log's lines on one stream, joined by line ends.

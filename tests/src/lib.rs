@@ -14,6 +14,8 @@ pub mod container;
 pub mod containerd;
 pub mod ctr;
 pub mod faults;
+pub mod figure;
+pub mod floor;
 pub mod image;
 pub mod leaks;
 pub mod network;

@@ -4,7 +4,7 @@ use std::fs;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use bulkhead_tests::command::wait_for;
 use bulkhead_tests::container::{ContainerSpec, exec_result, text_of};
 use bulkhead_tests::image::hex;
