@@ -101,8 +101,12 @@ impl Preamble {
     }
 }
 
-/// Longest payload of a frame; the same as that of a vsock packet.
-pub const MAX_FRAME: usize = 64 * 1024;
+/// Longest payload of a frame.
+///
+/// A frame goes out in one write, and Linux makes one packet of a write: of more than about 32 000 bytes, one with several
+/// buffers, which `vhost-device-vsock` 0.3 does not understand ("DescriptorLengthTooSmall"); the device is stuck from then on.
+/// Nothing in the guest may write more than this and a header to a vsock socket at once.
+pub const MAX_FRAME: usize = 28 * 1024;
 
 /// Length of a frame's header in bytes.
 pub const FRAME_HEADER: usize = 4;
