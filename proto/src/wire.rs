@@ -232,7 +232,7 @@ mod tests {
 
     #[test]
     fn a_frame_that_is_too_long_is_refused() {
-        let mut input: &[u8] = &[1, 0, 1, 0];
-        assert_eq!(Deframer::default().next(&mut input), Err(FrameTooLong(MAX_FRAME as u32 + 1)));
+        let header = (MAX_FRAME as u32 + 1).to_le_bytes();
+        assert_eq!(Deframer::default().next(&mut &header[..]), Err(FrameTooLong(MAX_FRAME as u32 + 1)));
     }
 }
