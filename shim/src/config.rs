@@ -159,6 +159,16 @@ impl Config {
         }
     }
 
+    /// The configuration that the runtime options of a Create name, under CRI-O the first to come: a protobuf `Any` by its
+    /// fields, empty for none. The place of the run state stays, which `delete` must find. Blocks on the file system.
+    pub fn adopt(&self, type_url: &str, value: &[u8]) -> Result<Self> {
+        if type_url.is_empty() {
+            return Ok(self.clone());
+        }
+        let adopted = Self::load(&RuntimeOptions::decode(type_url, value)?)?;
+        Ok(Self { state_dir: self.state_dir.clone(), ..adopted })
+    }
+
     /// Parses a TOML document; `origin` says in errors where it came from.
     pub fn parse(text: &str, origin: impl fmt::Display) -> Result<Self> {
         let config: Self = toml::from_str(text)

@@ -2,26 +2,38 @@
 //!
 //! Modules in reading order; what may use what is in ARCHITECTURE.md.
 
-pub mod annotations;
 pub mod bootstrap;
-pub mod config;
-pub mod device;
-pub mod error;
-pub mod events;
-pub mod host;
-pub mod log;
-pub mod metrics;
-pub mod namespace;
+pub mod service;
+
+pub mod sandbox;
+
+pub mod container;
+
+pub mod guest;
 pub mod network;
-pub mod paths;
-pub mod process;
-pub mod qemu;
-pub mod seccomp;
-pub mod sizing;
 pub mod storage;
+pub mod vm;
+
+pub mod device;
+pub mod qemu;
+
+pub mod cgroup;
+pub mod namespace;
+pub mod process;
+pub mod seccomp;
 pub mod store;
 pub mod tail;
+
+pub mod events;
+pub mod metrics;
+
+pub mod annotations;
+pub mod config;
+pub mod error;
+pub mod host;
+pub mod log;
+pub mod paths;
+pub mod sizing;
 pub mod timeouts;
-pub mod vm;
 
 pub mod sys;

@@ -253,6 +253,33 @@ fn some<T>(message: T) -> MessageField<T> {
     MessageField::some(message)
 }
 
+/// The figures of two containers as those of one; limits and pressure, which do not add up, are left as none.
+pub fn sum(a: agent::Stats, b: &agent::Stats) -> agent::Stats {
+    let cpu = |stats: &agent::Stats| stats.cpu.unwrap_or_default();
+    let (a_cpu, b_cpu) = (cpu(&a), cpu(b));
+    let mut memory = a.memory.unwrap_or_default();
+    if let Some(more) = &b.memory {
+        memory.usage_bytes = memory.usage_bytes.saturating_add(more.usage_bytes);
+        for (key, value) in &more.stat {
+            let sum = memory.stat.entry(key.clone()).or_default();
+            *sum = sum.saturating_add(*value);
+        }
+    }
+    memory.usage_limit_bytes = u64::MAX;
+    agent::Stats {
+        container_id: a.container_id,
+        cpu: Some(agent::CpuStats {
+            usage_usec: a_cpu.usage_usec.saturating_add(b_cpu.usage_usec),
+            user_usec: a_cpu.user_usec.saturating_add(b_cpu.user_usec),
+            system_usec: a_cpu.system_usec.saturating_add(b_cpu.system_usec),
+            ..Default::default()
+        }),
+        memory: Some(memory),
+        pids_current: a.pids_current.saturating_add(b.pids_current),
+        ..Default::default()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

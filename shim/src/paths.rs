@@ -94,6 +94,16 @@ pub fn linked_sandbox_dir(bundle: &Path) -> anyhow::Result<Option<PathBuf>> {
     }
 }
 
+/// Writes the file by which containerd before 2.0 and CRI-O find the server again after a restart. All at once or not at all.
+pub fn write_address(bundle: &Path, address: &str) -> anyhow::Result<()> {
+    let path = bundle.join("address");
+    // A name of this process's own: two starts of one sandbox may get here at once.
+    let unfinished = bundle.join(format!(".address-{}", std::process::id()));
+    fs::write(&unfinished, address)
+        .and_then(|()| fs::rename(&unfinished, &path))
+        .with_context(|| format!("write {}", path.display()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

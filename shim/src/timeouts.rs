@@ -30,3 +30,5 @@ pub const EVENT_FORWARD: Duration = Duration::from_secs(5);
 pub const NETWORK: Duration = Duration::from_secs(10);
 /// The whole of a teardown; containerd gives `delete` five seconds.
 pub const TEARDOWN: Duration = Duration::from_secs(4);
+/// A helper that follows another process's end does so.
+pub const HELPER_EXIT: Duration = Duration::from_millis(500);

@@ -1,3 +1,7 @@
-//! The shim binary that containerd runs.
+//! The shim binary that containerd runs; see `bulkhead_shim::bootstrap` for its command line.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    bulkhead_shim::bootstrap::main(bulkhead_shim::service::serve, bulkhead_shim::store::teardown::run)
+}

@@ -12,7 +12,7 @@ use anyhow::Context;
 use serde::{Deserialize, Serialize};
 
 use super::input::read_to_end;
-use crate::config::{Config, LogLevel, RuntimeOptions};
+use crate::config::{Config, LogLevel};
 use crate::{log, sys};
 
 /// Where the server finds its listening socket.
@@ -77,25 +77,11 @@ pub struct ServeConfig {
     pub log_level: LogLevel,
     /// The configuration, as it was when the sandbox began.
     pub config: Config,
-    /// Whether `config` came of runtime options; if not, those of the first Create count ([`ServeConfig::adopt_options`]).
+    /// Whether `config` came of runtime options; if not, those of the first Create count ([`Config::adopt`]).
     pub options_given: bool,
 }
 
 impl ServeConfig {
-    /// Takes the runtime options of a Create into account, which under CRI-O are the first to come: a protobuf `Any` by its
-    /// fields, empty for none. Changes nothing once options were given, and never the place of the run state, which `delete`
-    /// must find. Blocks on the file system.
-    pub fn adopt_options(&mut self, type_url: &str, value: &[u8]) -> crate::error::Result<()> {
-        if self.options_given || type_url.is_empty() {
-            return Ok(());
-        }
-        let adopted = Config::load(&RuntimeOptions::decode(type_url, value)?)?;
-        let state_dir = std::mem::take(&mut self.config.state_dir);
-        self.config = Config { state_dir, ..adopted };
-        self.options_given = true;
-        Ok(())
-    }
-
     fn receive() -> anyhow::Result<Self> {
         // The pipe ends with `start`, and its number must not: a child would get whatever takes it next as its stdin.
         let handover = read_to_end(std::io::stdin(), HANDOVER_PATIENCE)?;

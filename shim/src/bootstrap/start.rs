@@ -65,7 +65,7 @@ pub fn run(flags: &Flags) -> anyhow::Result<Vec<u8>> {
         }
     };
     let address = format!("unix://{}", socket_path.display());
-    write_address(&bundle, &address)?;
+    paths::write_address(&bundle, &address)?;
     encode(&input, address)
 }
 
@@ -199,16 +199,6 @@ fn join_cgroup(pid: u32, cgroup: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Writes the file by which containerd before 2.0 and CRI-O find the server again after a restart. All at once or not at all.
-pub fn write_address(bundle: &Path, address: &str) -> anyhow::Result<()> {
-    let path = bundle.join("address");
-    // A name of this process's own: two starts of one sandbox may get here at once.
-    let unfinished = bundle.join(format!(".address-{}", std::process::id()));
-    fs::write(&unfinished, address)
-        .and_then(|()| fs::rename(&unfinished, &path))
-        .with_context(|| format!("write {}", path.display()))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -251,7 +241,7 @@ mod tests {
     fn the_address_is_replaced_whole() {
         let dir = tempfile::tempdir().expect("makes a directory");
         for address in ["unix:///a", "unix:///b"] {
-            write_address(dir.path(), address).expect("writes");
+            paths::write_address(dir.path(), address).expect("writes");
             assert_eq!(fs::read_to_string(dir.path().join("address")).expect("reads"), address);
         }
         assert_eq!(fs::read_dir(dir.path()).expect("lists").count(), 1);

@@ -3,6 +3,7 @@
 //! [`plan`] and [`volume`] decide without looking at anything but their arguments; [`rootfs`], [`volume::attach`] and
 //! [`share`] act. No path of the host leaves this module towards the guest: what is shared is named by container and number.
 
+pub mod container;
 pub mod plan;
 pub mod rootfs;
 pub mod share;

@@ -1,0 +1,599 @@
+//! A cold start, and its undoing.
+//!
+//! [`boot`] goes through the phases in order and puts each thing it makes into [`Parts`] at once; what can outlive a crash is
+//! in the journal before it is made. On an error, or when the sandbox is killed meanwhile, [`Parts::tear_down`] removes
+//! what is there, which is also how a running pod ends. What does not depend on each other runs at the same time: the
+//! network, virtiofsd, the vsock helper.
+
+use std::fmt::Write as _;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bulkhead_proto::{PORT_PARAMETER, SHARE_TAG, agent};
+use futures::FutureExt as _;
+use futures::future::BoxFuture;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use crate::annotations::Annotations;
+use crate::bootstrap::ServeConfig;
+use crate::cgroup::PodCgroup;
+use crate::config::{Asset, Config};
+use crate::container::spec::{self, Role};
+use crate::device::balloon::Balloon;
+use crate::device::block::ScsiController;
+use crate::device::file::FileRole;
+use crate::device::fs::Fs;
+use crate::device::net::{MacAddress, Net};
+use crate::device::rng::Rng;
+use crate::device::vsock::Vsock;
+use crate::device::{Device, DeviceId};
+use crate::error::{Error, Kind, Result, WithKind};
+use crate::guest::client::{Guest, GuestEvent, GuestTask};
+use crate::guest::listener::{Listener, ListenerTask};
+use crate::guest::transport::{Transport, TransportLaunch};
+use crate::host::HostThread;
+use crate::namespace::{self, ShareRoot};
+use crate::network::{self, PodNetwork};
+use crate::process::{Child, Credentials};
+use crate::sandbox::CreateTask;
+use crate::sandbox::ledger::Ledger;
+use crate::sizing::{self, Host, Limits, VmSize};
+use crate::storage::container::Place;
+use crate::storage::share::{Share, ShareLaunch};
+use crate::store::Entry;
+use crate::timeouts;
+use crate::vm::accel::{self, Choice};
+use crate::vm::config::VmConfig;
+use crate::vm::{Vm, VmLaunch};
+
+/// Which sandbox this shim is for, and how it was told to make one.
+#[derive(Debug)]
+pub struct SandboxIdentity {
+    /// The sandbox's id; for a container without a pod, the container's.
+    pub sandbox_id: String,
+    /// containerd's namespace.
+    pub namespace: String,
+    /// The sandbox's bundle.
+    pub bundle: PathBuf,
+    /// Directory of the run state; made by the boot.
+    pub directory: PathBuf,
+    /// Where containerd reaches the shim.
+    pub socket_path: PathBuf,
+    /// Path of this binary, beside which an installation has its files.
+    pub exe: PathBuf,
+    /// The configuration that `start` read.
+    pub config: Config,
+    /// It came of the runtime's options; if not, those of the first Create count.
+    pub options_given: bool,
+}
+
+impl SandboxIdentity {
+    /// What `start` handed over.
+    pub fn new(config: &ServeConfig) -> Self {
+        Self {
+            sandbox_id: config.sandbox_id.clone(),
+            namespace: config.namespace.clone(),
+            bundle: config.bundle.clone(),
+            directory: config.sandbox_dir.clone(),
+            socket_path: config.socket_path.clone(),
+            exe: config.exe.clone(),
+            config: config.config.clone(),
+            options_given: config.options_given,
+        }
+    }
+
+    /// The configuration that counts: `start`'s, or where it was given none, that of the first Create's options.
+    fn config_for(&self, task: &CreateTask) -> Result<Config> {
+        match &task.options {
+            Some((type_url, value)) if !self.options_given => self.config.adopt(type_url, value),
+            _ => Ok(self.config.clone()),
+        }
+    }
+}
+
+/// What jobs use of a running pod.
+#[derive(Debug, Clone)]
+pub struct Access {
+    /// The sandbox's id.
+    pub sandbox_id: String,
+    /// The agent.
+    pub guest: Guest,
+    /// Where streams are registered.
+    pub listener: Listener,
+    /// Where storage goes.
+    pub place: Place,
+}
+
+/// Everything of a running pod. [`Pod::tear_down`] ends it.
+#[derive(Debug)]
+pub struct Pod {
+    parts: Parts,
+    access: Access,
+}
+
+impl Pod {
+    /// A pod without a VM, for tests of what stands above one; `lost` is the VM's death.
+    pub fn without_vm(access: Access, lost: CancellationToken) -> Self {
+        Self { parts: Parts { lost: Some(lost), ..Parts::default() }, access }
+    }
+
+    /// What jobs use.
+    pub fn access(&self) -> Access {
+        self.access.clone()
+    }
+
+    /// The end of the guest's console.
+    pub fn console_tail(&self) -> String {
+        self.parts.vm.as_ref().map(Vm::console_tail).unwrap_or_default()
+    }
+
+    /// Why the VM is lost, as far as QEMU and the console tell.
+    pub fn obituary(&self) -> Option<String> {
+        self.parts.vm.as_ref().filter(|vm| vm.child().exited().borrow().is_some()).map(Vm::obituary)
+    }
+
+    /// One future for each child: it ends when the child does, and names it.
+    pub fn children_ended(&self) -> Vec<BoxFuture<'static, String>> {
+        let ended = |child: &Child| {
+            let (role, mut exit) = (child.role(), child.exited());
+            async move {
+                match exit.wait_for(Option::is_some).await.ok().and_then(|exit| *exit) {
+                    Some(exit) => format!("{role} {exit}"),
+                    None => format!("{role} ended with the shim"),
+                }
+            }
+            .boxed()
+        };
+        let mut all: Vec<_> = self.parts.children().map(ended).collect();
+        all.extend(self.parts.lost.clone().map(|lost| {
+            async move {
+                lost.cancelled().await;
+                "the virtual machine ended".to_owned()
+            }
+            .boxed()
+        }));
+        all
+    }
+
+    /// Ends the pod in order: the guest is asked to, then everything goes. Errors are logged; every step is tried.
+    pub async fn tear_down(self) {
+        self.parts.tear_down().await;
+    }
+}
+
+/// What a boot has made so far.
+#[derive(Debug, Default)]
+struct Parts {
+    journal: Option<Ledger>,
+    cgroup: Option<PodCgroup>,
+    network: Option<PodNetwork>,
+    share: Option<Share>,
+    transport: Option<Transport>,
+    listener_task: Option<ListenerTask>,
+    vm: Option<Vm>,
+    guest: Option<Guest>,
+    guest_task: Option<GuestTask>,
+    /// In place of a VM's end; see [`Pod::without_vm`].
+    lost: Option<CancellationToken>,
+}
+
+impl Parts {
+    fn children(&self) -> impl Iterator<Item = &Child> {
+        let vm = self.vm.as_ref().map(Vm::child);
+        let helper = self.transport.as_ref().and_then(Transport::child);
+        vm.into_iter().chain(self.share.as_ref().map(Share::child)).chain(helper)
+    }
+
+    /// Removes what is there. The guest first, if it still lives; then QEMU, which all the others serve; then the rest.
+    async fn tear_down(mut self) {
+        let lives = self.vm.as_ref().is_some_and(|vm| vm.child().exited().borrow().is_none());
+        if let (Some(guest), true) = (&self.guest, lives) {
+            // The agent ends the containers and syncs before it answers, so nothing is lost when QEMU goes right after.
+            if let Err(error) = guest.shutdown().await {
+                tracing::warn!(%error, "the guest did not shut down and is killed");
+            }
+        }
+        if let Some(vm) = self.vm.take()
+            && let Err(error) = vm.kill().await
+        {
+            tracing::error!(%error, "QEMU is left");
+        }
+        if let Some(task) = self.guest_task.take() {
+            task.close().await;
+        }
+        let (transport, share, network) = tokio::join!(
+            end_transport(self.transport.take()),
+            end_share(self.share.take()),
+            end_network(self.network.take())
+        );
+        if let Some(task) = self.listener_task.take() {
+            task.close().await;
+        }
+        let mut failed: Vec<String> = [transport, share, network].into_iter().flatten().collect();
+        if let Some(cgroup) = self.cgroup.take()
+            && let Err(error) = cgroup.remove().await
+        {
+            failed.push(error.to_string());
+        }
+        // The journal goes last, and only when nothing is left that it names.
+        match (failed.is_empty(), self.journal.take()) {
+            (true, Some(journal)) => {
+                if let Err(error) = journal.close().await {
+                    tracing::error!(error = %format_args!("{error:#}"), "run state is left");
+                }
+            }
+            (true, None) => {}
+            (false, _) => tracing::error!(error = failed.join("; "), "teardown is incomplete; delete will try again"),
+        }
+    }
+}
+
+async fn end_transport(transport: Option<Transport>) -> Option<String> {
+    let transport = transport?;
+    transport.close().await.err().map(|error| format!("vsock helper: {error:#}"))
+}
+
+async fn end_share(share: Option<Share>) -> Option<String> {
+    let share = share?;
+    share.kill().await.err().map(|error| format!("virtiofsd: {error:#}"))
+}
+
+async fn end_network(network: Option<PodNetwork>) -> Option<String> {
+    let network = network?;
+    // The taps' files first: QEMU had copies, and the links end with the last.
+    drop(network.taps);
+    let mut failed = Vec::new();
+    for link in &network.links {
+        if let Err(error) = network::detach(link).await {
+            failed.push(error.to_string());
+        }
+    }
+    (!failed.is_empty()).then(|| failed.join("; "))
+}
+
+/// What a boot has decided before it touches anything.
+struct Plan {
+    config: Config,
+    size: VmSize,
+    netns: Option<PathBuf>,
+    accel: Choice,
+    kernel: PathBuf,
+    initramfs: PathBuf,
+    qemu: PathBuf,
+    virtiofsd: PathBuf,
+    cgroup: Vec<PathBuf>,
+    oom_score_adj: Option<i32>,
+    /// QEMU and the vsock helper run as this user and group, which no other pod has.
+    uid: u32,
+}
+
+impl Plan {
+    /// Blocks on the file system.
+    fn make(identity: &SandboxIdentity, task: &CreateTask) -> Result<Self> {
+        let config = identity.config_for(task)?;
+        let netns = network::netns_of(&task.spec)?;
+        let annotations = spec::annotations(&task.spec);
+        let pairs = annotations.iter().map(|(key, value)| (key.as_str(), value.as_str()));
+        let annotations = Annotations::parse(pairs, &config.allowed_annotations)?;
+        let typed = serde_json::from_value(task.spec.clone()).or_kind(Kind::InvalidArgument, "read spec")?;
+        let size = sizing::size(Limits::from_spec(&typed)?, &annotations, &config, Host::measure()?);
+        let accel = accel::detect(config.qemu.accel)?;
+        let find = |asset| config.find(asset, &identity.exe);
+        let cgroups_path = spec::string(&task.spec, "/linux/cgroupsPath");
+        Ok(Self {
+            size,
+            netns,
+            accel,
+            kernel: find(Asset::Kernel)?,
+            initramfs: find(Asset::Initramfs)?,
+            qemu: find(Asset::Qemu)?,
+            virtiofsd: find(Asset::Virtiofsd)?,
+            cgroup: PodCgroup::plan(&cgroups_path, &identity.sandbox_id)?,
+            oom_score_adj: oom_score_adj(&task.spec),
+            uid: rand::random_range(FIRST_UID..=LAST_UID),
+            config: Config { machine: annotations.machine.unwrap_or(config.machine), ..config },
+        })
+    }
+}
+
+/// Size of the pod's /dev/shm, as containerd makes it.
+const SHM_BYTES: u64 = 64 << 20;
+
+/// Range of the users of pods: above what systemd and kubelet hand out.
+const FIRST_UID: u32 = 0x6000_0000;
+const LAST_UID: u32 = 0x6fff_ffff;
+
+/// The pod's processes are killed for want of memory as its containers would be; the sandbox's own value (-998) would make
+/// the guest's memory the last that the host gets back.
+fn oom_score_adj(spec: &serde_json::Value) -> Option<i32> {
+    let value = spec.pointer("/process/oomScoreAdj").and_then(serde_json::Value::as_i64)?;
+    i32::try_from(value.max(0)).ok()
+}
+
+/// What a boot is asked for.
+#[derive(Debug)]
+pub struct BootRequest {
+    /// The first Create.
+    pub task: Arc<CreateTask>,
+    /// What its spec describes.
+    pub role: Role,
+    /// Where the guest's events go.
+    pub guest_events: mpsc::Sender<GuestEvent>,
+    /// Fires when the sandbox is killed meanwhile.
+    pub cancel: CancellationToken,
+}
+
+/// Boots the pod that the request's task describes. On an error, or when its `cancel` fires, nothing of it is left.
+///
+/// Not cancel safe itself: run it as a job.
+pub async fn boot(identity: Arc<SandboxIdentity>, request: BootRequest) -> Result<Pod> {
+    let mut parts = Parts::default();
+    let mut stopwatch = Stopwatch::start();
+    match assemble(&identity, request, &mut parts, &mut stopwatch).await {
+        Ok(access) => {
+            tracing::info!(
+                sandbox_id = %identity.sandbox_id,
+                elapsed_ms = stopwatch.total().as_millis(),
+                stages = stopwatch.told(),
+                "sandbox started"
+            );
+            Ok(Pod { parts, access })
+        }
+        Err(error) => {
+            parts.tear_down().await;
+            Err(error.context(format!("boot of sandbox {} ({})", identity.sandbox_id, stopwatch.told())))
+        }
+    }
+}
+
+/// The phases in order.
+async fn assemble(
+    identity: &Arc<SandboxIdentity>,
+    request: BootRequest,
+    parts: &mut Parts,
+    stopwatch: &mut Stopwatch,
+) -> Result<Access> {
+    let plan = {
+        let (identity, task) = (Arc::clone(identity), Arc::clone(&request.task));
+        blocking("plan the sandbox", move || Plan::make(&identity, &task)).await?
+    };
+    if let Some(reason) = &plan.accel.no_kvm {
+        tracing::warn!(reason, "no hardware virtualisation: QEMU emulates, which is slow");
+    }
+    let share = ShareRoot::new(identity.directory.join("share"));
+    let journal = {
+        let identity = Arc::clone(identity);
+        blocking("begin the journal", move || Ledger::begin(&identity)).await?
+    };
+    let journal = parts.journal.insert(journal).clone();
+    let host = {
+        let root = identity.directory.join("share");
+        blocking("prepare the pod's mount namespace", move || Ok(HostThread::start(namespace::prepare(root))?)).await?
+    };
+    journal.record(plan.cgroup.iter().map(|path| Entry::Cgroup { path: path.clone() }).collect()).await?;
+    let directories = plan.cgroup.clone();
+    let cgroup = parts.cgroup.insert(blocking("make the pod's cgroup", || PodCgroup::create(directories)).await?);
+    stopwatch.lap("plan");
+    alive(&request.cancel)?;
+
+    let launch = ShareLaunch {
+        program: plan.virtiofsd.clone(),
+        share: share.clone(),
+        directory: identity.directory.clone(),
+        cgroup: cgroup.procs()?,
+        oom_score_adj: plan.oom_score_adj,
+    };
+    let transport = TransportLaunch {
+        program: {
+            let (config, exe) = (plan.config.clone(), identity.exe.clone());
+            move || config.find(Asset::VhostDeviceVsock, &exe)
+        },
+        directory: identity.directory.clone(),
+        credentials: Credentials::unprivileged(plan.uid, plan.uid),
+        cgroup: cgroup.procs()?,
+        oom_score_adj: plan.oom_score_adj,
+    };
+    let (network, started_share, transport) = tokio::join!(
+        attach_network(plan.netns.as_deref(), &journal),
+        Share::start(&host, launch),
+        Transport::start(&host, transport)
+    );
+    // All three before any `?`: what was made must be in `parts` when another one failed.
+    let network = network.map(|network| parts.network.insert(network));
+    let started_share = started_share.map(|share| parts.share.insert(share));
+    let transport = transport.map(|transport| parts.transport.insert(transport));
+    let (network, started_share, transport) = (network?, started_share?, transport?);
+    journal.record_child(started_share.child()).await?;
+    if let Some(child) = transport.child() {
+        journal.record_child(child).await?;
+    }
+    let (listener, connections, listener_task) = Listener::start(transport.take_acceptor()?);
+    parts.listener_task = Some(listener_task);
+    stopwatch.lap("helpers");
+    alive(&request.cancel)?;
+
+    let (vm_config, files) = vm_config(identity, &plan, network, started_share, transport)?;
+    let launch = VmLaunch {
+        qemu: plan.qemu.clone(),
+        credentials: Credentials::unprivileged(plan.uid, plan.uid),
+        cgroup: cgroup.procs()?,
+        oom_score_adj: plan.oom_score_adj,
+        files,
+    };
+    let vm = parts.vm.insert(Vm::boot(&host, &vm_config, launch).await?);
+    journal.record_child(vm.child()).await?;
+    stopwatch.lap("qemu");
+    alive(&request.cancel)?;
+
+    let greeted = async {
+        tokio::select! {
+            greeted = Guest::connect(connections, request.guest_events) => greeted,
+            () = request.cancel.cancelled() => Err(killed()),
+            ended = helper_ended([Some(started_share.child()), transport.child()]) => Err(Error::unavailable(ended)),
+        }
+    };
+    let (guest, guest_task, hello) = vm.while_alive("wait for the guest", timeouts::GUEST_BOOT, greeted).await??;
+    parts.guest_task = Some(guest_task);
+    let guest = parts.guest.insert(guest).clone();
+    stopwatch.lap("guest");
+    stopwatch.note("guest.kernel", Duration::from_micros(hello.init_started_us));
+    stopwatch.note("guest.init", Duration::from_micros(hello.hello_answered_us.saturating_sub(hello.init_started_us)));
+
+    let create = create_sandbox(&request.task, request.role, network);
+    let created =
+        vm.while_alive("make the guest a pod", timeouts::AGENT_CREATE, guest.create_sandbox(create)).await??;
+    stopwatch.lap("pod");
+    for stage in created.stages.iter().take(16) {
+        stopwatch.note(&format!("pod.{}", plain(&stage.name)), Duration::from_micros(stage.elapsed_us));
+    }
+    alive(&request.cancel)?;
+    Ok(Access { sandbox_id: identity.sandbox_id.clone(), guest, listener, place: Place { host, share } })
+}
+
+async fn blocking<T: Send + 'static>(
+    what: &'static str,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| Error::internal(format!("{what}: {error}")))?
+}
+
+fn killed() -> Error {
+    Error::unavailable("the sandbox was killed while it booted")
+}
+
+fn alive(cancel: &CancellationToken) -> Result<()> {
+    if cancel.is_cancelled() { Err(killed()) } else { Ok(()) }
+}
+
+/// Ends when one of the helpers does, with its last words.
+async fn helper_ended(children: [Option<&Child>; 2]) -> String {
+    let ends = children.into_iter().flatten().map(|child| {
+        async move {
+            child.wait().await;
+            child.obituary()
+        }
+        .boxed()
+    });
+    futures::future::select_all(ends).await.0
+}
+
+async fn attach_network(netns: Option<&std::path::Path>, journal: &Ledger) -> Result<PodNetwork> {
+    let Some(netns) = netns else { return Ok(PodNetwork::default()) };
+    let journal = journal.clone();
+    network::read_and_attach(netns, move |links| {
+        journal.record_blocking(links.iter().cloned().map(Entry::Link).collect())
+    })
+    .await
+}
+
+/// The VM's devices, in the order of their slots, and the files behind them.
+fn vm_config(
+    identity: &SandboxIdentity,
+    plan: &Plan,
+    network: &mut PodNetwork,
+    share: &mut Share,
+    transport: &mut Transport,
+) -> Result<(VmConfig, Vec<(FileRole, std::os::fd::OwnedFd)>)> {
+    let id = |name: &str| DeviceId::new(name).or_kind(Kind::Internal, "name a device");
+    let (mut devices, mut files) = (Vec::new(), Vec::new());
+    for (index, tap) in network.taps.drain(..).enumerate() {
+        let id = id(&format!("net{index}"))?;
+        devices.push(Device::Net(Net { id: id.clone(), mac: MacAddress(tap.mac), vhost: tap.vhost.is_some() }));
+        files.push((FileRole::Tap(id.clone()), tap.fd));
+        files.extend(tap.vhost.map(|vhost| (FileRole::VhostNet(id), vhost)));
+    }
+    let fs = id("share")?;
+    let socket = share.take_socket().ok_or_else(|| Error::internal("virtiofsd's socket is taken already"))?;
+    devices.push(Device::Fs(Fs { id: fs.clone(), tag: SHARE_TAG.into() }));
+    files.push((FileRole::VhostUser(fs), socket));
+    let vsock = id("vsock")?;
+    devices.push(Device::Vsock(Vsock { id: vsock.clone(), backend: transport.backend() }));
+    files.push(transport.take_file(vsock)?);
+    devices.push(Device::Scsi(ScsiController { id: id("scsi")? }));
+    devices.push(Device::Rng(Rng { id: id("rng")? }));
+    devices.push(Device::Balloon(Balloon { id: id("balloon")? }));
+    let config = VmConfig {
+        name: identity.sandbox_id.clone(),
+        machine: plan.config.machine,
+        accel: plan.accel.accel,
+        vcpus: plan.size.vcpus,
+        memory_mib: plan.size.memory_mib,
+        kernel: plan.kernel.clone(),
+        initramfs: plan.initramfs.clone(),
+        kernel_params: vec![format!("{PORT_PARAMETER}={}", transport.port())],
+        devices,
+    };
+    Ok((config, files))
+}
+
+fn create_sandbox(task: &CreateTask, role: Role, network: &PodNetwork) -> agent::CreateSandboxRequest {
+    let hostname = spec::string(&task.spec, "/hostname");
+    agent::CreateSandboxRequest {
+        // A container without a pod has its own host name by its spec; without one the guest keeps its default.
+        hostname: if hostname.is_empty() && role == Role::Single { task.id.0.clone() } else { hostname },
+        sysctls: spec::sysctls(&task.spec).into_iter().collect(),
+        interfaces: network.interfaces.clone(),
+        routes: network.routes.clone(),
+        neighbours: network.neighbours.clone(),
+        shm_size_bytes: SHM_BYTES,
+        share_tag: SHARE_TAG.into(),
+    }
+}
+
+/// The phases of a boot and how long each took, for one log line.
+#[derive(Debug)]
+struct Stopwatch {
+    begun: Instant,
+    last: Instant,
+    told: String,
+}
+
+impl Stopwatch {
+    fn start() -> Self {
+        let now = Instant::now();
+        Self { begun: now, last: now, told: String::new() }
+    }
+
+    /// Ends the stage `name`.
+    fn lap(&mut self, name: &str) {
+        let now = Instant::now();
+        self.note(name, now - self.last);
+        self.last = now;
+    }
+
+    /// Notes a duration that was measured elsewhere, inside the current stage.
+    fn note(&mut self, name: &str, elapsed: Duration) {
+        // Writing to a string cannot fail.
+        let _ = write!(
+            self.told,
+            "{}{name}={:.1}ms",
+            if self.told.is_empty() { "" } else { " " },
+            elapsed.as_secs_f64() * 1e3
+        );
+    }
+
+    fn total(&self) -> Duration {
+        self.begun.elapsed()
+    }
+
+    fn told(&self) -> &str {
+        &self.told
+    }
+}
+
+/// The agent's stages as one value of a log line.
+pub fn stages(stages: &[agent::Stage]) -> String {
+    // The names come from the guest: few, short, plain.
+    const MOST: usize = 32;
+    let told = stages.iter().take(MOST).map(|stage| {
+        format!("{}={:.1}ms", plain(&stage.name), Duration::from_micros(stage.elapsed_us).as_secs_f64() * 1e3)
+    });
+    told.collect::<Vec<_>>().join(" ")
+}
+
+/// A name of the guest's as it may stand in a log line.
+fn plain(name: &str) -> String {
+    name.chars().filter(|c| c.is_ascii_alphanumeric() || "-_.".contains(*c)).take(32).collect()
+}

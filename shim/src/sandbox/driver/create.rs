@@ -1,0 +1,325 @@
+//! Create: the first one boots the VM, every other makes a container in it.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use bulkhead_proto::agent;
+use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
+use containerd_shim_protos::protobuf::MessageField;
+use tokio_util::sync::CancellationToken;
+
+use super::process::encode;
+use super::{Container, Done, Driver, Holding, Stage, answer};
+use crate::container::ContainerId;
+use crate::container::process::Process;
+use crate::container::spec::{self, PidNamespace, Role};
+use crate::container::stdio::{Stdio, StdioPaths};
+use crate::error::{Error, Result};
+use crate::sandbox::boot::{self, Access, BootRequest, Pod};
+use crate::sandbox::state::{State, Step};
+use crate::sandbox::{CreateTask, Reply};
+use crate::storage::container::ContainerStorage;
+use crate::storage::plan::Mount;
+use crate::storage::volume::Owner;
+
+/// Result of the boot's job.
+pub(super) struct BootDone {
+    task: Arc<CreateTask>,
+    role: Role,
+    result: Result<Pod>,
+    reply: Reply<u32>,
+}
+
+/// Result of a container's job.
+pub(super) struct MadeDone {
+    id: ContainerId,
+    /// What the create event tells.
+    told: Told,
+    result: Result<Made>,
+    reply: Reply<u32>,
+}
+
+struct Made {
+    storage: ContainerStorage,
+    stdio: Stdio,
+}
+
+struct Told {
+    bundle: PathBuf,
+    rootfs: Vec<Mount>,
+    stdio: StdioPaths,
+}
+
+impl Driver {
+    pub(super) fn create(&mut self, task: CreateTask, reply: Reply<u32>) {
+        let role = match self.admit(&task) {
+            Ok(role) => role,
+            Err(error) => return answer(reply, Err(error)),
+        };
+        let entry = Process::new(task.stdio.clone()).map(|init| Container {
+            role,
+            bundle: task.bundle.clone(),
+            init,
+            execs: BTreeMap::new(),
+            exec_specs: BTreeMap::new(),
+            paused: false,
+            stage: Stage::Creating,
+            storage: None,
+            stats: None,
+        });
+        match entry {
+            Ok(entry) => self.containers.insert(task.id.clone(), entry),
+            Err(error) => return answer(reply, Err(error.into())),
+        };
+        match role {
+            Role::PodContainer => self.make_container(Arc::new(task), reply),
+            Role::Sandbox | Role::Single => self.boot(task, role, reply),
+        }
+    }
+
+    fn admit(&self, task: &CreateTask) -> Result<Role> {
+        if self.containers.contains_key(&task.id) {
+            return Err(Error::already_exists(format!("container {} exists", task.id)));
+        }
+        let role = spec::role(&task.spec)?;
+        let fits = match role {
+            Role::PodContainer => self.state == State::Ready,
+            Role::Sandbox | Role::Single => self.state == State::Planned,
+        };
+        if fits {
+            Ok(role)
+        } else {
+            Err(Error::failed_precondition(format!("create container {}: sandbox is {}", task.id, self.state.name())))
+        }
+    }
+
+    fn boot(&mut self, task: CreateTask, role: Role, reply: Reply<u32>) {
+        if let Err(error) = self.step(Step::Boot) {
+            self.containers.remove(&task.id);
+            return answer(reply, Err(error));
+        }
+        let cancel = CancellationToken::new();
+        self.holding = Holding::Boot(cancel.clone());
+        let task = Arc::new(task);
+        let guest_events = self.guest_events_in.clone();
+        let booting = (self.booter)(BootRequest { task: Arc::clone(&task), role, guest_events, cancel });
+        self.jobs.spawn(async move {
+            let result = booting.await;
+            Done::Booted(Box::new(BootDone { task, role, result, reply }))
+        });
+    }
+
+    pub(super) fn on_booted(&mut self, done: BootDone) {
+        let BootDone { task, role, result, reply } = done;
+        match (result, self.state) {
+            (Ok(pod), State::Booting) => {
+                if let Err(error) = self.step(Step::Booted) {
+                    return answer(reply, Err(error));
+                }
+                self.watch_children(&pod);
+                self.holding = Holding::Pod(Box::new(pod));
+                if role == Role::Single {
+                    self.make_container(task, reply);
+                } else {
+                    self.created(&task.id, &Told::of(&task));
+                    let pid = self.container(&task.id).map(|container| container.init.pid());
+                    answer(reply, pid);
+                }
+            }
+            (Err(error), State::Booting) => {
+                tracing::error!(%error, "sandbox failed to start");
+                if let Err(error) = self.step(Step::BootFailed) {
+                    tracing::error!(%error, "a failed boot cannot be taken back");
+                }
+                self.holding = Holding::Nothing;
+                self.containers.remove(&task.id);
+                answer(reply, Err(error));
+            }
+            // It was killed meanwhile. The boot either saw that and has unwound, or was already through.
+            (result, _) => {
+                self.containers.remove(&task.id);
+                answer(reply, Err(Error::unavailable(format!("create container {}: sandbox was killed", task.id))));
+                self.jobs.spawn(async move {
+                    if let Ok(pod) = result {
+                        pod.tear_down().await;
+                    }
+                    Done::TornDown
+                });
+            }
+        }
+    }
+
+    /// The end of a child is an event from now on.
+    fn watch_children(&mut self, pod: &Pod) {
+        for ended in pod.children_ended() {
+            self.jobs.spawn(async move { Done::ChildExited(ended.await) });
+        }
+    }
+
+    fn make_container(&mut self, task: Arc<CreateTask>, reply: Reply<u32>) {
+        let begin = |driver: &Self| {
+            let access = driver.access("create container")?;
+            let pid_of =
+                |role: Role| driver.containers.values().find(|container| container.role == role).map(|c| c.init.pid());
+            let guest = spec::translate(task.spec.clone(), pid_of(Role::Sandbox))?;
+            let target = match guest.pid_namespace {
+                PidNamespace::OfHostPid(pid) => driver.container_of_pid(pid)?,
+                PidNamespace::Own | PidNamespace::Pod => String::new(),
+            };
+            Ok::<_, Error>((access, guest, target))
+        };
+        let (access, guest, target) = match begin(self) {
+            Ok(begun) => begun,
+            Err(error) => {
+                self.forget(&task.id);
+                return answer(reply, Err(error));
+            }
+        };
+        if !guest.dropped.is_empty() {
+            tracing::info!(
+                container_id = %task.id,
+                dropped = guest.dropped.join(","),
+                "parts of the spec that concern the host are dropped"
+            );
+        }
+        self.jobs.spawn(async move {
+            let told = Told::of(&task);
+            let result = make(&access, &task, guest, target).await;
+            Done::ContainerMade(Box::new(MadeDone { id: task.id.clone(), told, result, reply }))
+        });
+    }
+
+    /// `kubectl debug --target` names a container by the pid that containerd has for it.
+    fn container_of_pid(&self, pid: u32) -> Result<String> {
+        self.containers
+            .iter()
+            .find(|(_, container)| container.role != Role::Sandbox && container.init.pid() == pid)
+            .map(|(id, _)| id.0.clone())
+            .ok_or_else(|| {
+                Error::invalid(format!(
+                    "PID namespace of process {pid} in linux.namespaces, expected that of a container of this pod"
+                ))
+            })
+    }
+
+    pub(super) fn on_container_made(&mut self, done: MadeDone) {
+        let MadeDone { id, told, result, reply } = done;
+        let made = match result {
+            Ok(made) => made,
+            Err(error) => {
+                self.forget(&id);
+                answer(reply, Err(error));
+                self.finish_stop();
+                return;
+            }
+        };
+        match self.container_mut(&id) {
+            Ok(container) => {
+                container.storage = Some(made.storage);
+                container.init.set_stdio(made.stdio);
+            }
+            Err(error) => return answer(reply, Err(error)),
+        }
+        self.created(&id, &told);
+        let pid = self.container(&id).map(|container| container.init.pid());
+        answer(reply, pid);
+        if self.state != State::Ready {
+            // The pod was lost between the guest's answer and here.
+            self.end_all();
+            self.finish_stop();
+        }
+    }
+
+    /// Drops a container that was not made; a single one takes its VM with it.
+    fn forget(&mut self, id: &ContainerId) {
+        let Some(container) = self.containers.remove(id) else { return };
+        if container.role == Role::Single {
+            self.begin_stop(super::killed_now());
+        }
+    }
+
+    fn created(&mut self, id: &ContainerId, told: &Told) {
+        let Some(container) = self.containers.get_mut(id) else { return };
+        container.stage = Stage::Made;
+        let pid = container.init.pid();
+        tracing::info!(container_id = %id, "container created");
+        self.events.publish(
+            "/tasks/create",
+            &TaskCreate {
+                container_id: id.0.clone(),
+                bundle: told.bundle.display().to_string(),
+                rootfs: told.rootfs.iter().map(crate::service::convert::mount_message).collect(),
+                io: MessageField::some(TaskIO {
+                    stdin: told.stdio.stdin.clone(),
+                    stdout: told.stdio.stdout.clone(),
+                    stderr: told.stdio.stderr.clone(),
+                    terminal: told.stdio.terminal,
+                    ..Default::default()
+                }),
+                pid,
+                ..Default::default()
+            },
+        );
+    }
+}
+
+impl Told {
+    fn of(task: &CreateTask) -> Self {
+        Self { bundle: task.bundle.clone(), rootfs: task.rootfs.clone(), stdio: task.stdio.clone() }
+    }
+}
+
+/// Makes a container: storage on the host, streams, then the guest. On an error nothing of it is left.
+async fn make(access: &Access, task: &CreateTask, guest: spec::GuestSpec, target: String) -> Result<Made> {
+    let begun = Instant::now();
+    let mut guest_spec = guest.spec;
+    let owner = Owner { container_id: &task.id.0, sandbox_id: &access.sandbox_id, bundle: &task.bundle };
+    let root_path = PathBuf::from(spec::string(&task.spec, "/root/path"));
+    let premounted = (!root_path.as_os_str().is_empty()).then_some(root_path.as_path());
+    let (storage, rootfs) =
+        ContainerStorage::attach(&access.place, owner, &task.rootfs, premounted, &mut guest_spec).await?;
+    let stored = begun.elapsed();
+    let made = async {
+        let (stdio, told) = Stdio::open(&task.stdio, &access.listener).await?;
+        let request = agent::CreateContainerRequest {
+            container_id: task.id.0.clone(),
+            spec_json: encode(&guest_spec, "spec")?,
+            rootfs,
+            stdio: Some(told),
+            pid_namespace: match guest.pid_namespace {
+                PidNamespace::Own => agent::PidNamespace::Container,
+                PidNamespace::Pod => agent::PidNamespace::Pod,
+                PidNamespace::OfHostPid(_) => agent::PidNamespace::Target,
+            }
+            .into(),
+            pid_namespace_target: target,
+        };
+        match access.guest.create_container(request).await {
+            Ok(answer) => Ok((stdio, answer)),
+            Err(error) => {
+                stdio.close().await;
+                Err(error)
+            }
+        }
+    };
+    match made.await {
+        Ok((stdio, answer)) => {
+            tracing::info!(
+                container_id = %task.id,
+                storage_ms = stored.as_millis(),
+                guest_ms = (begun.elapsed().saturating_sub(stored)).as_millis(),
+                guest_stages = boot::stages(&answer.stages),
+                "container made"
+            );
+            Ok(Made { storage, stdio })
+        }
+        Err(error) => {
+            if let Err(left) = storage.detach(&access.place).await {
+                tracing::warn!(container_id = %task.id, error = %left, "storage of a failed container is left to the pod's teardown");
+            }
+            Err(error)
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! The end of a sandbox: asked for, or suffered.
+//!
+//! Teardown runs as a job; meanwhile the exits of the pod's containers go out. The sandbox's own exit is published last,
+//! when nothing of the pod is left on the host: containerd removes the network namespace on that word.
+
+use super::{Done, Driver, Holding, killed_now};
+use crate::container::ProcessId;
+use crate::container::process::{Exit, Phase, Process};
+use crate::container::spec::Role;
+use crate::sandbox::state::{State, Step};
+
+impl Driver {
+    /// Begins the end. `exit` is what the sandbox's own process will have ended with.
+    pub(super) fn begin_stop(&mut self, exit: Exit) {
+        let was = self.state;
+        if self.step(Step::Stop).is_err() {
+            return;
+        }
+        let holding = std::mem::replace(&mut self.holding, Holding::Stop { exit, torn_down: false });
+        match holding {
+            Holding::Pod(pod) => {
+                self.jobs.spawn(async move {
+                    pod.tear_down().await;
+                    Done::TornDown
+                });
+            }
+            // The boot's job unwinds by itself; its end is the end of the teardown.
+            Holding::Boot(cancel) => cancel.cancel(),
+            Holding::Nothing | Holding::Stop { .. } => {
+                tracing::error!(state = was.name(), "sandbox has nothing to stop");
+                self.jobs.spawn(async { Done::TornDown });
+            }
+        }
+    }
+
+    /// QEMU, a helper or the guest is gone without having been asked to go.
+    pub(super) fn pod_lost(&mut self, what: &str) {
+        if self.state != State::Ready {
+            // A teardown ends the children one by one; that is no news.
+            return;
+        }
+        let console = match &self.holding {
+            Holding::Pod(pod) => pod.console_tail(),
+            _ => String::new(),
+        };
+        tracing::error!(error = what, console = %last_lines(&console), "the pod's virtual machine is lost");
+        self.begin_stop(killed_now());
+    }
+
+    pub(super) fn on_torn_down(&mut self) {
+        if self.step(Step::TornDown).is_err() {
+            return;
+        }
+        if let Holding::Stop { torn_down, .. } = &mut self.holding {
+            *torn_down = true;
+        }
+        for container in self.containers.values_mut() {
+            // It went with the pod.
+            container.storage = None;
+        }
+        self.end_all();
+        self.finish_stop();
+    }
+
+    /// Publishes the sandbox's exit once it is the last one.
+    pub(super) fn finish_stop(&mut self) {
+        let Holding::Stop { exit, torn_down: true } = self.holding else { return };
+        let own = |role: Role| matches!(role, Role::Sandbox | Role::Single);
+        let others_live = self
+            .containers
+            .values()
+            .any(|c| (!own(c.role) && c.init.phase() != Phase::Exited) || c.execs.values().any(Process::is_live));
+        if others_live {
+            return;
+        }
+        let sandbox = self.containers.iter().find(|(_, c)| own(c.role)).map(|(id, _)| id.clone());
+        if let Some(id) = sandbox {
+            self.publish_exit(&ProcessId::init(&id), exit);
+        }
+    }
+}
+
+/// The end of a console's text on one line, for a log line.
+fn last_lines(console: &str) -> String {
+    const LINES: usize = 12;
+    let lines: Vec<&str> = console.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
+    lines[lines.len().saturating_sub(LINES)..].join(" | ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_console_is_told_by_its_last_lines_on_one() {
+        let console: String = (0..40).map(|i| format!("line {i}\r\n\n")).collect();
+        let told = last_lines(&console);
+        assert!(told.ends_with("line 38 | line 39") && !told.contains("line 27 "));
+        assert_eq!(last_lines(""), "");
+    }
+}

@@ -1,0 +1,225 @@
+//! The sandbox: one pod, one VM, one owner.
+//!
+//! One driver task owns everything of the pod ([`driver`]); callers hold a [`SandboxHandle`], which sends a command and
+//! awaits the typed answer. Long work (boot, creating a container, teardown) runs as a job that the driver joins, so that
+//! `Kill`, `State` and `Wait` never wait behind it. Both doors of containerd, the pause container's Create and the sandbox
+//! API, end here.
+//!
+//! Order is a promise, kept in one place each:
+//! - create < start < exit < delete per task, exec exits before the init's: `driver::exit`;
+//! - output before the exit: `driver::exit`, by the counts in the agent's exit event;
+//! - teardown before the sandbox's exit: `driver::stop`.
+
+pub mod boot;
+pub mod driver;
+mod ledger;
+pub mod state;
+
+use std::path::PathBuf;
+
+use bulkhead_proto::agent;
+use serde_json::Value;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::container::process::{Exit, Phase};
+use crate::container::stdio::StdioPaths;
+use crate::container::{ContainerId, ProcessId};
+use crate::error::{Error, Result};
+use crate::storage::plan::Mount;
+
+/// What Create asks for.
+#[derive(Debug)]
+pub struct CreateTask {
+    /// The container's id; for the pause container of a pod, the sandbox's.
+    pub id: ContainerId,
+    /// Directory with `config.json` and `rootfs`.
+    pub bundle: PathBuf,
+    /// As containerd handed them over.
+    pub rootfs: Vec<Mount>,
+    /// FIFOs.
+    pub stdio: StdioPaths,
+    /// `config.json`.
+    pub spec: Value,
+    /// The runtime options of the handler: type URL and bytes of the `Any`; None where the handler has none.
+    pub options: Option<(String, Vec<u8>)>,
+}
+
+/// What Exec asks for.
+#[derive(Debug)]
+pub struct ExecTask {
+    /// Container and exec id.
+    pub id: ProcessId,
+    /// FIFOs.
+    pub stdio: StdioPaths,
+    /// OCI `process`.
+    pub process: Value,
+}
+
+/// A process as `State` tells it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProcessState {
+    /// Host pid.
+    pub pid: u32,
+    /// Where it stands.
+    pub phase: Phase,
+    /// The container is frozen.
+    pub paused: bool,
+    /// FIFOs.
+    pub stdio: StdioPaths,
+    /// Set once the exit is published.
+    pub exit: Option<Exit>,
+    /// The container's bundle.
+    pub bundle: PathBuf,
+}
+
+/// What Delete tells of what is gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Deleted {
+    /// Host pid it had.
+    pub pid: u32,
+    /// How it ended; None if it was never started.
+    pub exit: Option<Exit>,
+}
+
+type Reply<T> = oneshot::Sender<Result<T>>;
+
+/// One request to the driver.
+#[derive(Debug)]
+pub enum Command {
+    /// See [`SandboxHandle::create`].
+    Create(Box<CreateTask>, Reply<u32>),
+    /// See [`SandboxHandle::start`].
+    Start(ProcessId, Reply<u32>),
+    /// See [`SandboxHandle::exec`].
+    Exec(Box<ExecTask>, Reply<()>),
+    /// See [`SandboxHandle::state`].
+    State(ProcessId, Reply<ProcessState>),
+    /// See [`SandboxHandle::wait`].
+    Wait(ProcessId, Reply<watch::Receiver<Option<Exit>>>),
+    /// See [`SandboxHandle::kill`].
+    Kill(ProcessId, u32, bool, Reply<()>),
+    /// See [`SandboxHandle::delete`].
+    Delete(ProcessId, Reply<Deleted>),
+    /// See [`SandboxHandle::pids`].
+    Pids(ContainerId, Reply<Vec<u32>>),
+    /// See [`SandboxHandle::pause`].
+    Pause(ContainerId, Reply<()>),
+    /// See [`SandboxHandle::resume`].
+    Resume(ContainerId, Reply<()>),
+    /// See [`SandboxHandle::resize_pty`].
+    ResizePty(ProcessId, u32, u32, Reply<()>),
+    /// See [`SandboxHandle::close_stdin`].
+    CloseStdin(ProcessId, Reply<()>),
+    /// See [`SandboxHandle::update`].
+    Update(ContainerId, Value, Reply<()>),
+    /// See [`SandboxHandle::stats`].
+    Stats(ContainerId, Reply<agent::Stats>),
+    /// See [`SandboxHandle::task_pid`].
+    TaskPid(ContainerId, Reply<u32>),
+    /// See [`SandboxHandle::shutdown`].
+    Shutdown(Reply<bool>),
+}
+
+/// Cheap handle of the driver.
+#[derive(Debug, Clone)]
+pub struct SandboxHandle {
+    commands: mpsc::Sender<Command>,
+}
+
+impl SandboxHandle {
+    /// A handle, and the queue that the driver reads.
+    pub fn new() -> (Self, mpsc::Receiver<Command>) {
+        let (commands, queue) = mpsc::channel(64);
+        (Self { commands }, queue)
+    }
+
+    async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T> {
+        let gone = || Error::unavailable("the sandbox is shut down");
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(command(reply)).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+
+    /// Creates a task; the first one boots the VM. Returns its host pid. The create event is queued before this returns.
+    pub async fn create(&self, task: CreateTask) -> Result<u32> {
+        self.ask(|reply| Command::Create(Box::new(task), reply)).await
+    }
+
+    /// Runs a created process. Returns its host pid. The start event is queued before this returns, and before its exit.
+    pub async fn start(&self, id: ProcessId) -> Result<u32> {
+        self.ask(|reply| Command::Start(id, reply)).await
+    }
+
+    /// Registers an exec; nothing runs yet.
+    pub async fn exec(&self, task: ExecTask) -> Result<()> {
+        self.ask(|reply| Command::Exec(Box::new(task), reply)).await
+    }
+
+    /// Where a process stands; answered from the host.
+    pub async fn state(&self, id: ProcessId) -> Result<ProcessState> {
+        self.ask(|reply| Command::State(id, reply)).await
+    }
+
+    /// Waits for the exit. Not found once deleted. Cancel safe.
+    pub async fn wait(&self, id: ProcessId) -> Result<Exit> {
+        let name = id.to_string();
+        let mut exit = self.ask(|reply| Command::Wait(id, reply)).await?;
+        let exit = exit.wait_for(Option::is_some).await.map_err(|_| Error::not_found(format!("{name} was deleted")))?;
+        exit.ok_or_else(|| Error::internal("an exit was published empty"))
+    }
+
+    /// Sends `signal`; `all` means every process of the container. Not found once it has exited.
+    pub async fn kill(&self, id: ProcessId, signal: u32, all: bool) -> Result<()> {
+        self.ask(|reply| Command::Kill(id, signal, all, reply)).await
+    }
+
+    /// Forgets a process that has ended or never ran; an init takes its container's storage with it.
+    pub async fn delete(&self, id: ProcessId) -> Result<Deleted> {
+        self.ask(|reply| Command::Delete(id, reply)).await
+    }
+
+    /// Host pids of a container; never empty.
+    pub async fn pids(&self, id: ContainerId) -> Result<Vec<u32>> {
+        self.ask(|reply| Command::Pids(id, reply)).await
+    }
+
+    /// Freezes a container in the guest.
+    pub async fn pause(&self, id: ContainerId) -> Result<()> {
+        self.ask(|reply| Command::Pause(id, reply)).await
+    }
+
+    /// Thaws it.
+    pub async fn resume(&self, id: ContainerId) -> Result<()> {
+        self.ask(|reply| Command::Resume(id, reply)).await
+    }
+
+    /// Resizes the pty of a process.
+    pub async fn resize_pty(&self, id: ProcessId, height: u32, width: u32) -> Result<()> {
+        self.ask(|reply| Command::ResizePty(id, height, width, reply)).await
+    }
+
+    /// Lets stdin reach EOF behind what was written.
+    pub async fn close_stdin(&self, id: ProcessId) -> Result<()> {
+        self.ask(|reply| Command::CloseStdin(id, reply)).await
+    }
+
+    /// Changes limits: `resources` is OCI `linux.resources`.
+    pub async fn update(&self, id: ContainerId, resources: Value) -> Result<()> {
+        self.ask(|reply| Command::Update(id, resources, reply)).await
+    }
+
+    /// The last sample the guest has sent; for the sandbox's id the sum of its containers.
+    pub async fn stats(&self, id: ContainerId) -> Result<agent::Stats> {
+        self.ask(|reply| Command::Stats(id, reply)).await
+    }
+
+    /// The host pid of a container's init, or the shim's own for an id not created yet.
+    pub async fn task_pid(&self, id: ContainerId) -> Result<u32> {
+        self.ask(|reply| Command::TaskPid(id, reply)).await
+    }
+
+    /// Ends the driver if nothing lives any more; true if it ends.
+    pub async fn shutdown(&self) -> Result<bool> {
+        self.ask(Command::Shutdown).await
+    }
+}

@@ -1,0 +1,76 @@
+//! The shim's server: containerd's services in front of one sandbox.
+//!
+//! containerd's generated types stop here: [`convert`] turns them into ours, and errors into status codes.
+
+pub mod convert;
+pub mod task;
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use containerd_shim_protos::shim_async::create_task;
+use containerd_shim_protos::ttrpc::r#async::Server;
+use containerd_shim_protos::ttrpc::r#async::Service;
+use containerd_shim_protos::ttrpc::r#async::transport::{Listener, Socket};
+use futures::{FutureExt as _, TryStreamExt as _};
+use tokio::net::UnixListener;
+use tokio_stream::wrappers::UnixListenerStream;
+
+use crate::bootstrap::ServeConfig;
+use crate::events::EventQueue;
+use crate::sandbox::SandboxHandle;
+use crate::sandbox::boot::{self, SandboxIdentity};
+use crate::sandbox::driver::Driver;
+use task::TaskService;
+
+/// What containerd gives the events of a shim that ends; it allows Shutdown three seconds.
+const LAST_EVENTS: Duration = Duration::from_secs(2);
+
+const TASK_V2: &str = "containerd.task.v2.Task";
+const TASK_V3: &str = "containerd.task.v3.Task";
+
+/// Serves one sandbox until containerd's Shutdown is granted; then nothing of it is left but what containerd owns.
+pub async fn serve(config: ServeConfig) -> anyhow::Result<()> {
+    let events = EventQueue::start(config.ttrpc_address.as_deref(), config.namespace.clone());
+    let identity = Arc::new(SandboxIdentity::new(&config));
+    let (sandbox, commands) = SandboxHandle::new();
+    let socket_path = config.socket_path.clone();
+    let mut server = Server::new()
+        .add_listener(listener(config.listener.try_clone().context("take over the shim's socket")?)?)
+        .register_service(task_services(sandbox, &identity));
+    server.start().await.context("serve containerd")?;
+    let booter = Box::new(move |request| boot::boot(Arc::clone(&identity), request).boxed());
+    Driver::new(booter, events.events()).run(commands).await;
+    // containerd takes a connection that closes under its Shutdown for an answer.
+    server.shutdown().await.context("stop serving containerd")?;
+    if !events.shutdown(LAST_EVENTS).await {
+        tracing::warn!("containerd did not take the last events");
+    }
+    match std::fs::remove_file(&socket_path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::warn!(path = %socket_path.display(), %error, "socket cannot be removed");
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
+/// The Task service under both names that containerd calls it by.
+fn task_services(sandbox: SandboxHandle, identity: &SandboxIdentity) -> HashMap<String, Service> {
+    let service = Arc::new(TaskService::new(sandbox, identity));
+    let mut services = create_task(service.clone());
+    // 1.6 and 1.7, and whoever was answered with a bare address, call the same methods by the older name.
+    if let Some(v2) = create_task(service).remove(TASK_V3) {
+        services.insert(TASK_V2.to_owned(), v2);
+    }
+    services
+}
+
+fn listener(listener: std::os::unix::net::UnixListener) -> anyhow::Result<Listener> {
+    listener.set_nonblocking(true).context("prepare the shim's socket")?;
+    let listener = UnixListener::from_std(listener).context("prepare the shim's socket")?;
+    Ok(Listener::new(UnixListenerStream::new(listener).map_ok(Socket::new)))
+}

@@ -1,0 +1,142 @@
+//! The sandbox's driver against an agent in this process: order of events, exits, output, and who waits for whom.
+//!
+//! No VM: a booter of the test's own hands the driver a pod without one. Events go to a ttrpc server that plays containerd.
+
+mod support;
+
+use std::time::Duration;
+
+use bulkhead_shim::container::ContainerId;
+use bulkhead_shim::container::process::Phase;
+use bulkhead_shim::error::Kind;
+use serde_json::json;
+use support::world::World;
+use tokio::time::timeout;
+
+const SOON: Duration = Duration::from_secs(20);
+
+#[tokio::test]
+async fn events_of_a_task_come_in_the_promised_order() {
+    let mut world = World::start().await;
+    world.create_container("web", json!(["exit", "3"])).await.expect("creates");
+    world.sandbox.start(World::init("web")).await.expect("starts");
+    let exit = world.sandbox.wait(World::init("web")).await.expect("exits");
+    assert_eq!(exit.status, 3);
+    world.sandbox.delete(World::init("web")).await.expect("deletes");
+    let topics = world.topics_of("web").await;
+    assert_eq!(topics, ["/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"]);
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn output_is_whole_when_the_exit_is_told() {
+    let world = World::start().await;
+    let mut container = world.create_container("web", json!(["noisy", "3000000"])).await.expect("creates");
+    world.sandbox.start(World::init("web")).await.expect("starts");
+    let (output, exit) = tokio::join!(container.read_stdout(), world.sandbox.wait(World::init("web")));
+    assert_eq!(exit.expect("exits").status, 0);
+    assert_eq!(output.len(), 3_000_000);
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn stdin_reaches_its_end_only_when_it_is_closed() {
+    let world = World::start().await;
+    let mut container = world.create_container("web", json!(["cat"])).await.expect("creates");
+    world.sandbox.start(World::init("web")).await.expect("starts");
+    container.write_stdin(b"hello").await;
+    container.drop_stdin();
+    // The first writer has gone, as at the end of an attach: that is no end of input.
+    let early = timeout(Duration::from_millis(300), world.sandbox.wait(World::init("web"))).await;
+    assert!(early.is_err(), "the process ended although its stdin was not closed");
+    world.sandbox.close_stdin(World::init("web")).await.expect("closes");
+    let (output, exit) = tokio::join!(container.read_stdout(), world.sandbox.wait(World::init("web")));
+    assert_eq!((output.as_slice(), exit.expect("exits").status), (b"hello".as_slice(), 0));
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn an_exec_exits_before_the_init_and_a_second_delete_finds_nothing() {
+    let mut world = World::start().await;
+    world.create_container("web", json!(["hang"])).await.expect("creates");
+    world.sandbox.start(World::init("web")).await.expect("starts");
+    world.exec("web", "e1", json!(["exit", "7"])).await.expect("registers");
+    let again = world.exec("web", "e1", json!(["exit", "7"])).await.expect_err("is refused");
+    assert_eq!(again.kind(), Kind::AlreadyExists);
+    world.sandbox.start(World::process("web", "e1")).await.expect("starts");
+    assert_eq!(world.sandbox.wait(World::process("web", "e1")).await.expect("exits").status, 7);
+    world.sandbox.delete(World::process("web", "e1")).await.expect("deletes");
+    let gone = world.sandbox.delete(World::process("web", "e1")).await.expect_err("is gone");
+    assert_eq!(gone.kind(), Kind::NotFound);
+
+    world.sandbox.kill(World::init("web"), 15, false).await.expect("signals");
+    assert_eq!(world.sandbox.wait(World::init("web")).await.expect("exits").status, 143);
+    let finished = world.sandbox.kill(World::init("web"), 9, false).await.expect_err("has exited");
+    assert_eq!(finished.kind(), Kind::NotFound);
+    let topics = world.topics_of("web").await;
+    assert_eq!(
+        topics,
+        ["/tasks/create", "/tasks/start", "/tasks/exec-added", "/tasks/exec-started", "/tasks/exit", "/tasks/exit"]
+    );
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn an_exec_that_cannot_start_says_why_and_can_be_deleted() {
+    let world = World::start().await;
+    world.create_container("web", json!(["hang"])).await.expect("creates");
+    world.sandbox.start(World::init("web")).await.expect("starts");
+    world.exec("web", "e1", json!(["refuse"])).await.expect("registers");
+    let error = world.sandbox.start(World::process("web", "e1")).await.expect_err("fails");
+    assert!(error.to_string().contains("executable file not found"), "{error}");
+    world.sandbox.delete(World::process("web", "e1")).await.expect("deletes");
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn the_end_of_the_pod_ends_every_process_and_the_sandbox_last() {
+    let mut world = World::start().await;
+    world.create_container("web", json!(["hang"])).await.expect("creates");
+    world.sandbox.start(World::init("web")).await.expect("starts");
+    world.lose_vm();
+    let (web, pod) = tokio::join!(
+        timeout(SOON, world.sandbox.wait(World::init("web"))),
+        timeout(SOON, world.sandbox.wait(World::init(World::POD)))
+    );
+    assert_eq!(web.expect("in time").expect("exits").status, 137);
+    assert_eq!(pod.expect("in time").expect("exits").status, 137);
+    let exits = world.exits().await;
+    assert_eq!(exits.last().map(String::as_str), Some(World::POD), "{exits:?}");
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn a_shutdown_is_granted_only_when_nothing_is_left() {
+    let world = World::start().await;
+    world.create_container("web", json!(["hang"])).await.expect("creates");
+    assert!(!world.sandbox.shutdown().await.expect("answers"));
+    world.sandbox.start(World::init("web")).await.expect("starts");
+    world.sandbox.kill(World::init("web"), 9, true).await.expect("signals");
+    world.sandbox.wait(World::init("web")).await.expect("exits");
+    let state = world.sandbox.state(World::init("web")).await.expect("answers");
+    assert_eq!(state.phase, Phase::Exited);
+    world.sandbox.delete(World::init("web")).await.expect("deletes");
+    assert!(!world.sandbox.shutdown().await.expect("answers"), "the pod still stands");
+    world.sandbox.kill(World::init(World::POD), 9, false).await.expect("signals");
+    world.sandbox.wait(World::init(World::POD)).await.expect("exits");
+    world.sandbox.delete(World::init(World::POD)).await.expect("deletes");
+    assert!(world.sandbox.shutdown().await.expect("answers"));
+}
+
+#[tokio::test]
+async fn what_does_not_exist_is_not_found_and_a_taken_id_is_taken() {
+    let world = World::start().await;
+    let unknown = world.sandbox.state(World::init("nobody")).await.expect_err("is unknown");
+    assert_eq!(unknown.kind(), Kind::NotFound);
+    world.create_container("web", json!(["hang"])).await.expect("creates");
+    let taken = world.create_container("web", json!(["hang"])).await.err().expect("is refused");
+    assert_eq!(taken.kind(), Kind::AlreadyExists);
+    // containerd asks before it creates, and takes an error for a dead shim.
+    assert_eq!(world.sandbox.task_pid(ContainerId("later".into())).await.expect("answers"), std::process::id());
+    world.stop().await;
+}

@@ -1,0 +1,4 @@
+//! What tests of the driver need around it.
+
+pub mod agent;
+pub mod world;
