@@ -19,6 +19,7 @@ use tonic::{Request, Response, Status};
 
 use crate::clock;
 use crate::error::{During, Error, Result};
+use crate::link::HostStream;
 use crate::pod::Pod;
 
 /// First and longest pause between two attempts to reach the host.
@@ -69,7 +70,7 @@ impl Session {
         }
     }
 
-    async fn reach_host(&self) -> Result<tokio_vsock::VsockStream> {
+    async fn reach_host(&self) -> Result<HostStream> {
         let mut pause = REDIAL.0;
         let mut waited = Duration::ZERO;
         loop {

@@ -258,3 +258,25 @@ pub async fn write_all(stream: oneshot::Receiver<UnixStream>, bytes: &[u8]) {
     };
     tokio::time::timeout(DEADLINE, write).await.expect("everything taken within the deadline")
 }
+
+/// Reads exactly `length` bytes of payload from a stream that goes on; they must not end within a frame.
+pub async fn read_payload(stream: &mut UnixStream, length: usize) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let read = async {
+        while bytes.len() < length {
+            let size = stream.read_u32_le().await.expect("frame header") as usize;
+            let start = bytes.len();
+            bytes.resize(start + size, 0);
+            stream.read_exact(&mut bytes[start..]).await.expect("frame");
+        }
+    };
+    let done = tokio::time::timeout(DEADLINE, read).await;
+    assert!(done.is_ok(), "{} of {length} bytes within the deadline", bytes.len());
+    bytes
+}
+
+/// Writes one frame.
+pub async fn write_payload(stream: &mut UnixStream, bytes: &[u8]) {
+    stream.write_all(&frame_header(bytes.len())).await.expect("write");
+    stream.write_all(bytes).await.expect("write");
+}

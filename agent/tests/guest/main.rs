@@ -94,3 +94,320 @@ async fn a_container_runs_prints_and_exits() {
     machine.client.shutdown(api::ShutdownRequest {}).await.expect("shutdown");
     assert!(machine.powered_off().await);
 }
+
+/// What a test starts and follows.
+struct Exec<'a> {
+    id: &'a str,
+    exec: &'a str,
+    process: Value,
+    stdio: api::Stdio,
+}
+
+impl Exec<'_> {
+    async fn start(self, machine: &mut Machine) -> Result<api::StartProcessResponse, tonic::Status> {
+        let request = api::CreateProcessRequest {
+            container_id: self.id.into(),
+            exec_id: self.exec.into(),
+            process_json: self.process.to_string().into_bytes(),
+            stdio: Some(self.stdio),
+        };
+        machine.client.create_process(request).await?;
+        Ok(machine.client.start_process(start(self.id, self.exec)).await?.into_inner())
+    }
+}
+
+/// Starts a container that sleeps.
+async fn sleeper(machine: &mut Machine, id: &str) -> u32 {
+    busybox(machine, id);
+    let request = create(id, &spec(process(&["sleep", "1000"])), api::Stdio::default());
+    let pid = machine.client.create_container(request).await.expect("create").into_inner().guest_pid;
+    machine.client.start_process(start(id, "")).await.expect("start");
+    pid
+}
+
+/// Runs an exec to its end: exit status and stdout.
+async fn run(machine: &mut Machine, id: &str, exec: &str, process: Value) -> (u32, String) {
+    let (stdout_token, stdout) = machine.stream();
+    let stdio = api::Stdio { stdout_token, ..Default::default() };
+    Exec { id, exec, process, stdio }.start(machine).await.expect("exec");
+    let exit = machine.exit(|_| ()).await;
+    assert_eq!(exit.exec_id, exec);
+    let output = String::from_utf8(read_all(stdout).await).expect("text");
+    machine.client.delete(delete(id, exec)).await.expect("delete");
+    (exit.exit_status, output)
+}
+
+async fn kill(machine: &mut Machine, id: &str, signal: u32) -> Result<(), tonic::Status> {
+    let request = api::SignalProcessRequest { container_id: id.into(), signal, ..Default::default() };
+    machine.client.signal_process(request).await.map(drop)
+}
+
+#[tokio::test]
+async fn streams_arrive_whole() {
+    let Some(mut machine) = Machine::boot(256).await else { return };
+    sandbox(&mut machine).await;
+    busybox(&machine, "c1");
+    let (stdout_token, stdout) = machine.stream();
+    let script = "head -c 52428800 /dev/zero | cat; sleep 1000";
+    let request = create("c1", &spec(process(&["sh", "-c", script])), api::Stdio { stdout_token, ..Default::default() });
+    machine.client.create_container(request).await.expect("create");
+    machine.client.start_process(start("c1", "")).await.expect("start");
+
+    // 50 MB out of the container's log; a slow start of the reader makes every buffer on the way fill up.
+    let began = std::time::Instant::now();
+    let mut stream = stdout.await.expect("dialled");
+    tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+    let received = machine::read_payload(&mut stream, 52_428_800).await;
+    assert!(received.iter().all(|&byte| byte == 0));
+    println!("50 MB out: {:?}", began.elapsed());
+
+    // 3 MB in and out through an exec, with a checksum made in the guest.
+    let (stdin_token, stdin) = machine.stream();
+    let (stdout_token, stdout) = machine.stream();
+    let data: Vec<u8> = (0..3_000_000_u32).flat_map(|n| (n.wrapping_mul(2_654_435_761) >> 24).to_le_bytes()[..1].to_vec()).collect();
+    let stdio = api::Stdio { stdin_token, stdout_token, ..Default::default() };
+    Exec { id: "c1", exec: "e1", process: process(&["cat"]), stdio }.start(&mut machine).await.expect("exec");
+    let began = std::time::Instant::now();
+    let ((), echoed) = tokio::join!(write_all(stdin, &data), read_all(stdout));
+    println!("3 MB through cat: {:?}", began.elapsed());
+    assert!(echoed == data);
+    let exit = machine.exit(|_| ()).await;
+    assert_eq!((exit.exec_id.as_str(), exit.exit_status, exit.stdout_bytes), ("e1", 0, 3_000_000));
+
+    // A background child keeps the stream, not the exit.
+    let (stdout_token, stdout) = machine.stream();
+    let stdio = api::Stdio { stdout_token, ..Default::default() };
+    let script = process(&["sh", "-c", "sleep 500 & echo started"]);
+    Exec { id: "c1", exec: "e2", process: script, stdio }.start(&mut machine).await.expect("exec");
+    let exit = machine.exit(|_| ()).await;
+    assert_eq!((exit.exec_id.as_str(), exit.exit_status, exit.stdout_bytes), ("e2", 0, 8));
+    let mut stream = stdout.await.expect("dialled");
+    assert_eq!(machine::read_payload(&mut stream, 8).await, b"started\n");
+    drop(stream);
+    machine.client.delete(delete("c1", "e2")).await.expect("delete");
+}
+
+#[tokio::test]
+async fn an_exec_is_what_its_process_says() {
+    let Some(mut machine) = Machine::boot(256).await else { return };
+    sandbox(&mut machine).await;
+    sleeper(&mut machine, "c1").await;
+
+    let began = std::time::Instant::now();
+    assert_eq!(run(&mut machine, "c1", "a", process(&["sh", "-c", "exit 3"])).await.0, 3);
+    println!("first exec {:?}", began.elapsed());
+    let began = std::time::Instant::now();
+    for n in 0..10 {
+        assert_eq!(run(&mut machine, "c1", &format!("b{n}"), process(&["true"])).await.0, 0);
+    }
+    println!("10 execs {:?}", began.elapsed());
+
+    let mut user = process(&["sh", "-c", "id -u; id -g; id -G; echo $HOME; pwd; grep CapEff /proc/self/status; echo to >/dev/stdout"]);
+    user["user"] = json!({ "uid": 1000, "gid": 1000, "additionalGids": [7, 8] });
+    user["cwd"] = json!("/tmp");
+    let (status, output) = run(&mut machine, "c1", "c", user).await;
+    assert_eq!((status, output.as_str()), (0, "1000\n1000\n1000 7 8\n/home/web\n/tmp\nCapEff:\t0000000000000000\nto\n"));
+    let (_, output) = run(&mut machine, "c1", "d", process(&["sh", "-c", "grep -E 'CapEff|CapBnd|NoNew' /proc/self/status; echo $HOME"])).await;
+    assert_eq!(output, "CapEff:\t0000000000000021\nCapBnd:\t0000000000000021\nNoNewPrivs:\t0\n/root\n");
+
+    for (args, cwd, expected) in [
+        (&["nosuch"][..], "/", "unable to start container process: exec: \"nosuch\": executable file not found in $PATH"),
+        (&["/nosuch"], "/", "unable to start container process: exec: \"/nosuch\": stat /nosuch: no such file or directory"),
+        (&["/etc/passwd"], "/", "unable to start container process: exec: \"/etc/passwd\": permission denied"),
+        (&["true"], "/none", "unable to start container process: chdir to cwd (\"/none\") set in config.json failed: no such file or directory"),
+    ] {
+        let mut process = process(args);
+        process["cwd"] = json!(cwd);
+        let error = Exec { id: "c1", exec: "x", process, stdio: api::Stdio::default() }.start(&mut machine).await;
+        assert_eq!(error.expect_err("no such program").message(), expected);
+        machine.client.delete(delete("c1", "x")).await.expect("delete");
+    }
+
+    // A pty: size, controlling terminal, echo of the input, resize.
+    let (stdin_token, stdin) = machine.stream();
+    let (stdout_token, stdout) = machine.stream();
+    let stdio = api::Stdio { terminal: true, stdin_token, stdout_token, height: 33, width: 99, ..Default::default() };
+    let script = process(&["sh", "-c", "stty size; read line; stty size; echo got $line; [ -t 0 ] && echo tty"]);
+    Exec { id: "c1", exec: "t", process: script, stdio }.start(&mut machine).await.expect("exec");
+    let resize = api::ResizePtyRequest { container_id: "c1".into(), exec_id: "t".into(), height: 40, width: 120 };
+    let mut output = stdout.await.expect("dialled");
+    assert_eq!(machine::read_payload(&mut output, 7).await, b"33 99\r\n");
+    machine.client.resize_pty(resize).await.expect("resize");
+    let mut input = stdin.await.expect("dialled");
+    machine::write_payload(&mut input, b"hello\n").await;
+    let expected = b"hello\r\n40 120\r\ngot hello\r\ntty\r\n";
+    assert_eq!(machine::read_payload(&mut output, expected.len()).await, expected);
+    let exit = machine.exit(|_| ()).await;
+    assert_eq!((exit.exit_status, exit.stdout_bytes), (0, 7 + expected.len() as u64));
+}
+
+#[tokio::test]
+async fn forty_execs_run_at_once() {
+    let Some(mut machine) = Machine::boot(256).await else { return };
+    sandbox(&mut machine).await;
+    sleeper(&mut machine, "c1").await;
+    let began = std::time::Instant::now();
+    let mut outputs = std::collections::HashMap::new();
+    let mut starts = tokio::task::JoinSet::new();
+    for n in 0..40 {
+        let (stdout_token, stdout) = machine.stream();
+        outputs.insert(n.to_string(), stdout);
+        let mut client = machine.client.clone();
+        starts.spawn(async move {
+            let request = api::CreateProcessRequest {
+                container_id: "c1".into(),
+                exec_id: n.to_string(),
+                process_json: process(&["sh", "-c", &format!("echo {n}; exit {n}")]).to_string().into_bytes(),
+                stdio: Some(api::Stdio { stdout_token, ..Default::default() }),
+            };
+            client.create_process(request).await.expect("create");
+            client.start_process(start("c1", &n.to_string())).await.expect("start");
+        });
+    }
+    while let Some(started) = starts.join_next().await {
+        started.expect("started");
+    }
+    for _ in 0..40 {
+        let exit = machine.exit(|_| ()).await;
+        assert_eq!(exit.exit_status.to_string(), exit.exec_id);
+        let output = outputs.remove(&exit.exec_id).expect("one exit each");
+        assert_eq!(read_all(output).await, format!("{}\n", exit.exec_id).into_bytes());
+    }
+    println!("40 execs at once: {:?}", began.elapsed());
+}
+
+#[tokio::test]
+async fn containers_are_signalled_paused_limited_and_watched() {
+    let Some(mut machine) = Machine::boot(256).await else { return };
+    sandbox(&mut machine).await;
+    sleeper(&mut machine, "c1").await;
+
+    // Execs exit before their container.
+    let exec = Exec { id: "c1", exec: "e", process: process(&["sleep", "1000"]), stdio: api::Stdio::default() };
+    exec.start(&mut machine).await.expect("exec");
+    kill(&mut machine, "c1", 9).await.expect("kill");
+    let (mut first, second) = (machine.exit(|_| ()).await, machine.exit(|_| ()).await);
+    assert_eq!((first.exec_id.as_str(), first.exit_status), ("e", 137));
+    assert_eq!((second.exec_id.as_str(), second.exit_status), ("", 137));
+    assert_eq!(kill(&mut machine, "c1", 9).await.expect_err("gone").code(), tonic::Code::NotFound);
+    machine.client.delete(delete("c1", "")).await.expect("delete");
+
+    // One that was never started dies of the signals that end a program.
+    busybox(&machine, "c2");
+    let request = create("c2", &spec(process(&["sleep", "1000"])), api::Stdio::default());
+    machine.client.create_container(request).await.expect("create");
+    kill(&mut machine, "c2", 15).await.expect("kill");
+    first = machine.exit(|_| ()).await;
+    assert_eq!((first.container_id.as_str(), first.exit_status), ("c2", 137));
+    machine.client.delete(delete("c2", "")).await.expect("delete");
+
+    // Freezing stops it, also for a signal to all.
+    sleeper(&mut machine, "c3").await;
+    machine.client.pause_container(api::PauseContainerRequest { container_id: "c3".into() }).await.expect("pause");
+    let exec = Exec { id: "c3", exec: "e", process: process(&["true"]), stdio: api::Stdio::default() };
+    assert_eq!(exec.start(&mut machine).await.expect_err("paused").code(), tonic::Code::FailedPrecondition);
+    machine.client.resume_container(api::ResumeContainerRequest { container_id: "c3".into() }).await.expect("resume");
+    let resources = br#"{"memory":{"limit":33554432},"pids":{"limit":50}}"#.to_vec();
+    let request = api::UpdateContainerRequest { container_id: "c3".into(), resources_json: resources };
+    machine.client.update_container(request).await.expect("update");
+    let limit = loop {
+        match machine.events.recv().await.expect("events").event {
+            Some(api::event::Event::Stats(stats)) if stats.container_id == "c3" => {
+                break (stats.memory.expect("memory").usage_limit_bytes, stats.pids_limit, stats.pids_current);
+            }
+            _ => {}
+        }
+    };
+    assert_eq!(limit, (33_554_432, 50, 1));
+    let listed = api::ListProcessesRequest { container_id: "c3".into() };
+    assert_eq!(machine.client.list_processes(listed).await.expect("list").into_inner().guest_pids.len(), 1);
+
+    // Memory beyond the limit: the OOM comes before the exit.
+    let exec = Exec { id: "c3", exec: "oom", process: process(&["sh", "-c", "dd if=/dev/zero of=/dev/null bs=100M count=1"]), stdio: api::Stdio::default() };
+    exec.start(&mut machine).await.expect("exec");
+    let mut ooms = 0;
+    machine.exit(|event| ooms += u32::from(matches!(event, api::event::Event::Oom(_)))).await;
+    assert!(ooms > 0 || machine.console().contains("oom"), "no OOM event");
+    let request = api::SignalProcessRequest { container_id: "c3".into(), signal: 9, all: true, ..Default::default() };
+    machine.client.signal_process(request).await.expect("kill all");
+    assert_eq!(machine.exit(|_| ()).await.exit_status, 137);
+    machine.client.delete(delete("c3", "")).await.expect("delete");
+}
+
+#[tokio::test]
+async fn pid_namespaces_are_as_asked() {
+    let Some(mut machine) = Machine::boot(256).await else { return };
+    sandbox(&mut machine).await;
+    let list = || process(&["sh", "-c", "ls /proc | grep -c '^[0-9]'; echo $$"]);
+    for (id, kind, target) in [("own", 0, ""), ("pod1", 1, ""), ("pod2", 1, ""), ("joined", 2, "own")] {
+        busybox(&machine, id);
+        let mut request = create(id, &spec(process(&["sleep", "1000"])), api::Stdio::default());
+        request.pid_namespace = kind;
+        request.pid_namespace_target = target.into();
+        machine.client.create_container(request).await.expect("create");
+        machine.client.start_process(start(id, "")).await.expect("start");
+    }
+    let seen = |output: String| output.lines().next().and_then(|line| line.parse::<u32>().ok()).expect("a count");
+    // Each counts itself, the shell it may have forked, ls and grep on top of what is there.
+    let own = seen(run(&mut machine, "own", "a", list()).await.1);
+    let joined = seen(run(&mut machine, "joined", "a", list()).await.1);
+    let pod = seen(run(&mut machine, "pod1", "a", list()).await.1);
+    assert_eq!(own, joined, "own and joined are one namespace");
+    assert_eq!(pod, own + 1, "the pod's namespace has a holder and two sleepers, the other one two sleepers");
+
+    // A container of the shared namespace dies alone, with all that is its own.
+    let exec = Exec { id: "pod1", exec: "bg", process: process(&["sleep", "1000"]), stdio: api::Stdio::default() };
+    exec.start(&mut machine).await.expect("exec");
+    kill(&mut machine, "pod1", 9).await.expect("kill");
+    assert_eq!(machine.exit(|_| ()).await.exec_id, "bg");
+    assert_eq!(machine.exit(|_| ()).await.container_id, "pod1");
+    assert_eq!(run(&mut machine, "pod2", "b", process(&["true"])).await.0, 0);
+    machine.client.delete(delete("pod1", "")).await.expect("delete");
+}
+
+#[tokio::test]
+async fn a_container_can_be_made_again_and_again() {
+    let Some(mut machine) = Machine::boot(256).await else { return };
+    sandbox(&mut machine).await;
+    busybox(&machine, "c1");
+    let mut made = std::time::Duration::ZERO;
+    for n in 0..20 {
+        let (stdout_token, stdout) = machine.stream();
+        let request = create("c1", &spec(process(&["echo", "once"])), api::Stdio { stdout_token, ..Default::default() });
+        let began = std::time::Instant::now();
+        let response = machine.client.create_container(request).await.expect("create").into_inner();
+        machine.client.start_process(start("c1", "")).await.expect("start");
+        made += began.elapsed();
+        let exit = machine.exit(|_| ()).await;
+        assert_eq!((exit.exit_status, exit.stdout_bytes), (0, 5), "round {n}");
+        assert_eq!(read_all(stdout).await, b"once\n");
+        machine.client.delete(delete("c1", "")).await.expect("delete");
+        if n == 19 {
+            println!("last: {response:?}");
+        }
+    }
+    println!("create and start: {:?} each", made / 20);
+
+    // A container that cannot start leaves nothing, and its id is free.
+    let request = create("c1", &spec(process(&["nosuch"])), api::Stdio::default());
+    let error = machine.client.create_container(request).await.expect_err("no program");
+    let expected = "unable to start container process: exec: \"nosuch\": executable file not found in $PATH";
+    assert_eq!(error.message(), expected);
+    let mut process = process(&["pwd"]);
+    process["cwd"] = json!("/made/for/me");
+    let request = create("c1", &spec(process), api::Stdio::default());
+    machine.client.create_container(request).await.expect("create");
+    machine.client.start_process(start("c1", "")).await.expect("start");
+    assert_eq!(machine.exit(|_| ()).await.exit_status, 0);
+}
+
+#[tokio::test]
+async fn debug_things() {
+    let Some(mut machine) = Machine::boot(256).await else { return };
+    sandbox(&mut machine).await;
+    sleeper(&mut machine, "c1").await;
+    for (n, script) in ["head -c 100 /dev/zero | sha256sum", "ls -la /dev /", "head -c 60000 /dev/zero | cat", "head -c 70000 /dev/zero | cat", "head -c 200000 /dev/zero | cat"].iter().enumerate() {
+        let (status, output) = run(&mut machine, "c1", &format!("d{n}"), process(&["sh", "-c", &format!("exec 2>&1; {script}")])).await;
+        println!("{status} {} {}", output.len(), &output[..output.len().min(2000)].replace('\0', ""));
+    }
+}
