@@ -52,6 +52,18 @@ pub fn watch(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     Ok(unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?)
 }
 
+/// Gives the guest behind an open `/dev/vhost-vsock` its address; `AddrInUse` when another guest has it.
+pub fn set_guest_cid(vhost_vsock: &impl AsFd, guest_cid: u32) -> io::Result<()> {
+    /// `VHOST_VSOCK_SET_GUEST_CID` of linux/vhost.h: `_IOW(0xAF, 0x60, __u64)`.
+    const SET_GUEST_CID: libc::Ioctl = 0x4008_AF60;
+    let guest_cid = u64::from(guest_cid);
+    let file = vhost_vsock.as_fd().as_raw_fd();
+    // SAFETY: the call reads 64 bits at the address and keeps no pointer to them; on any other file it fails.
+    #[expect(unsafe_code, reason = "no crate wraps VHOST_VSOCK_SET_GUEST_CID")]
+    let result = unsafe { libc::ioctl(file, SET_GUEST_CID, std::ptr::from_ref(&guest_cid)) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// Makes the tap device `name` in the calling thread's network namespace; it lasts as long as the file.
 ///
 /// With virtio-net headers and one queue. Fails if the name is taken.
@@ -99,6 +111,12 @@ mod tests {
         let file = std::fs::File::open("/dev/null").expect("opens");
         assert!(inherited_listener(file.as_raw_fd()).is_err());
         assert!(inherited_listener(99_999).is_err());
+    }
+
+    #[test]
+    fn only_a_vhost_vsock_takes_a_guest_cid() {
+        let null = std::fs::File::open("/dev/null").expect("opens");
+        assert_eq!(set_guest_cid(&null, 3).expect_err("is another file").raw_os_error(), Some(libc::ENOTTY));
     }
 
     #[test]

@@ -8,10 +8,11 @@
 
 use std::fs::{self, OpenOptions};
 use std::io;
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt, chown};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, chown};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::Context;
 use bulkhead_proto::DEFAULT_PORT;
@@ -27,7 +28,7 @@ use crate::device::vsock::Backend;
 use crate::error::{Error, Kind, Result, WithKind};
 use crate::guest::listener::Acceptor;
 use crate::host::HostThread;
-use crate::process::{Child, ChildConfig, Credentials};
+use crate::process::{Child, ChildConfig, Credentials, Namespaces};
 use crate::seccomp::Filter;
 use crate::sys;
 use crate::timeouts;
@@ -82,8 +83,7 @@ impl Transport {
     }
 
     fn in_kernel(file: OwnedFd) -> Result<Self> {
-        // QEMU sets the guest's address and fails if another VM has it; a random one of four thousand million rarely is.
-        let guest_cid = rand::rng().random_range(FIRST_CID..u32::MAX);
+        let guest_cid = take_cid(&file).or_kind(Kind::Internal, "take an address for the guest's vsock")?;
         let address = VsockAddr::new(VMADDR_CID_HOST, libc::VMADDR_PORT_ANY);
         let listener = VsockListener::bind(address)
             .or_else(|_| VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, libc::VMADDR_PORT_ANY)))
@@ -116,20 +116,22 @@ impl Transport {
         let mut config = ChildConfig::new("vhost-device-vsock", program, credentials);
         config.args = [
             format!("--guest-cid={HELPER_CID}"),
-            format!("--socket={}", place.socket.display()),
-            format!("--uds-path={}", place.uds.display()),
+            format!("--socket={QEMU_SOCKET}"),
+            format!("--uds-path={GUEST_SOCKET}"),
         ]
         .map(Into::into)
         .to_vec();
+        // It is put into its directory before it loses root, and names files relative to it: so the way there need not be
+        // open to its user, and may be as long as it likes.
+        config.cwd = Some(place.path);
         config.cgroup = cgroup;
         config.oom_score_adj = oom_score_adj;
-        config.namespaces.net = true;
-        config.namespaces.ipc = true;
-        config.namespaces.uts = true;
+        config.namespaces = Namespaces { net: true, ipc: true, uts: true, mount: true };
+        config.devices = Some(Vec::new());
         config.seccomp = Some(Filter::unix_socket_server()?);
         let child = Child::spawn(host, config).await?;
         let listens = tokio::select! {
-            connected = timeout(timeouts::HELPER_READY, connect_when_there(&place.socket, place.watch)) => connected,
+            connected = timeout(timeouts::HELPER_READY, connect_when_there(place.directory, place.watch)) => connected,
             _ = child.wait() => return Err(Error::unavailable(child.obituary())),
         };
         let socket = match listens {
@@ -189,61 +191,78 @@ impl Transport {
     }
 }
 
-/// The helper's directory: its own, since it makes a socket there; ours to reach, since we connect.
+/// Takes an address that no other guest of this host has: QEMU would fail on one that is taken.
+fn take_cid(file: &OwnedFd) -> io::Result<u32> {
+    let mut tries = 0;
+    loop {
+        // All ones mean "any".
+        let guest_cid = rand::rng().random_range(FIRST_CID..u32::MAX);
+        match sys::set_guest_cid(file, guest_cid) {
+            Ok(()) => return Ok(guest_cid),
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse && tries < 16 => tries += 1,
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Where the helper listens for QEMU, in its directory.
+const QEMU_SOCKET: &str = "qemu";
+/// Where it would listen for the host, and the stem of where we listen for the guest.
+const GUEST_SOCKET: &str = "guest";
+
+/// The helper's directory, which is its own since it makes sockets there.
 struct Place {
-    /// Where it will listen for QEMU.
-    socket: PathBuf,
-    /// Where it would listen for the host, and the stem of where we listen for the guest.
-    uds: PathBuf,
+    path: PathBuf,
+    directory: OwnedFd,
     listener: std::os::unix::net::UnixListener,
     watch: Inotify,
 }
 
 impl Place {
-    fn make(directory: &Path, uid: u32) -> Result<Self> {
-        // Names are short: a socket's whole path has 107 bytes at most.
-        let own = directory.join("v");
-        let what = || format!("prepare {} for the vsock helper", own.display());
+    fn make(parent: &Path, uid: u32) -> Result<Self> {
+        let path = parent.join("vsock");
+        let what = format!("prepare {} for the vsock helper", path.display());
         let make = || -> io::Result<_> {
-            fs::DirBuilder::new().mode(0o700).create(&own)?;
-            let (socket, uds) = (own.join("q"), own.join("v"));
-            let guest = own.join(format!("v_{DEFAULT_PORT}"));
+            fs::DirBuilder::new().mode(0o700).create(&path)?;
+            let directory = OwnedFd::from(fs::File::open(&path)?);
+            let guest = within(&directory, &format!("{GUEST_SOCKET}_{DEFAULT_PORT}"));
             let listener = std::os::unix::net::UnixListener::bind(&guest)?;
             listener.set_nonblocking(true)?;
             chown(&guest, Some(uid), Some(uid))?;
-            chown(&own, Some(uid), Some(uid))?;
-            // The way there is searched, never listed.
-            fs::set_permissions(directory, fs::Permissions::from_mode(0o711))?;
+            chown(&path, Some(uid), Some(uid))?;
             let watch = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
-            watch.add_watch(&own, AddWatchFlags::IN_CREATE)?;
-            Ok(Self { socket, uds, listener, watch })
+            watch.add_watch(&path, AddWatchFlags::IN_CREATE)?;
+            Ok((directory, listener, watch))
         };
-        Ok(make().with_context(what)?)
+        let (directory, listener, watch) = make().context(what)?;
+        Ok(Self { path, directory, listener, watch })
     }
 }
 
-/// Connects to `socket` as soon as somebody listens there; `watch` tells of every file that appears beside it.
-async fn connect_when_there(socket: &Path, watch: Inotify) -> Result<UnixStream> {
+/// A way to `name` in `directory` that is short: the path of a socket has 107 bytes at most.
+fn within(directory: &OwnedFd, name: &str) -> PathBuf {
+    format!("/proc/self/fd/{}/{name}", directory.as_raw_fd()).into()
+}
+
+/// Connects to the helper as soon as it listens; `watch` tells of every file that appears in its directory.
+async fn connect_when_there(directory: OwnedFd, watch: Inotify) -> Result<UnixStream> {
+    let socket = within(&directory, QEMU_SOCKET);
     let appeared = sys::watch(watch.into()).or_kind(Kind::Internal, "watch the vsock helper's directory")?;
     loop {
-        match UnixStream::connect(socket) {
+        match UnixStream::connect(&socket) {
             Ok(stream) => return Ok(stream),
-            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
-                // Bound and not listening yet: the helper is between two system calls, and no event tells the second.
-                if error.kind() == io::ErrorKind::ConnectionRefused {
-                    tokio::task::yield_now().await;
-                    continue;
-                }
-                let mut ready =
-                    appeared.readable().await.or_kind(Kind::Internal, "watch the vsock helper's directory")?;
-                let mut events = [0; 4096];
-                // What appeared does not matter, only that something did.
-                let _ = rustix::io::read(appeared.get_ref(), &mut events);
+            // Bound and not listening yet: the helper is between two system calls, and no event tells of the second.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let ready = appeared.readable().await;
+                let mut ready = ready.or_kind(Kind::Internal, "watch the vsock helper's directory")?;
+                // What appeared does not matter, only that something did; without an event there is nothing to read.
+                let _events = rustix::io::read(appeared.get_ref(), &mut [0; 4096]);
                 ready.clear_ready();
             }
-            Err(error) => {
-                return Err(error).or_kind(Kind::Internal, format!("connect to {}", socket.display()));
-            }
+            Err(error) => return Err(error).or_kind(Kind::Internal, "connect to the vsock helper"),
         }
     }
 }

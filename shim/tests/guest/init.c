@@ -6,8 +6,7 @@
  *   idle    says so and stays
  *   disk    waits for a SCSI disk to come, says its serial and first bytes, waits for it to go, powers off
  *   dial    opens a control connection to the host and sends back what it gets; at the end of input powers off
- *   stream  opens the connection named by token=<32 hex digits>, writes bytes=<n>, half-closes, waits for the host
- *           to close, powers off
+ *   stream  opens the connection named by token=<32 hex digits>, writes bytes=<n>, waits for the host to close, powers off
  *   sink    opens the connection named by token=..., reads to the end, says how much on the console, powers off
  */
 #include <errno.h>
@@ -130,7 +129,8 @@ int main(void)
 		fd = dial(1, param("token="));
 		uint64_t left = strtoull(param("bytes="), 0, 10), at = 0;
 		while (left) {
-			size_t part = left < sizeof buffer ? left : sizeof buffer;
+			/* The longest frame of the agent's, with its header. */
+			size_t part = left < 28676 ? left : 28676;
 			for (size_t i = 0; i < part; i++)
 				buffer[i] = (at + i) % 251;
 			ssize_t length = write(fd, buffer, part);
@@ -139,7 +139,6 @@ int main(void)
 			left -= length;
 			at += length;
 		}
-		shutdown(fd, SHUT_WR);
 		while (read(fd, buffer, sizeof buffer) > 0)
 			;
 		say("%s\n", "host has closed");

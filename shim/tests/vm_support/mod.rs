@@ -2,6 +2,8 @@
 //!
 //! `BULKHEAD_TEST_ASSETS` names a directory with `vmlinux` (and `vhost-device-vsock`); without it these tests say so and pass.
 
+#![allow(dead_code, reason = "each test uses a part of it")]
+
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
