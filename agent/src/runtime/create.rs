@@ -12,6 +12,7 @@ use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::syscall::syscall::SyscallType;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
 use oci_spec::runtime::Spec;
+use rustix::fs::{Mode, OFlags};
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Metadata, Subscriber, span};
 
@@ -111,6 +112,9 @@ impl Executor for Program {
 
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
         let env = spec.process().as_ref().and_then(|process| process.env().clone()).unwrap_or_default();
+        if let Err(error) = reopen_null() {
+            return Err(ExecutorError::Other(format!("open /dev/null: {error}")));
+        }
         let failed = match program(spec) {
             Ok((path, args)) => exec::replace(&path, &args, &env),
             Err(text) => text,
@@ -119,6 +123,19 @@ impl Executor for Program {
         eprintln!("{failed}");
         std::process::exit(1);
     }
+}
+
+/// Makes a /dev/null on stdout or stderr writable: libcontainer 0.7 opens the container's own for reading only.
+fn reopen_null() -> std::io::Result<()> {
+    let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+    let device = rustix::fs::fstat(&null)?.st_rdev;
+    if rustix::fs::fstat(std::io::stdout())?.st_rdev == device {
+        rustix::stdio::dup2_stdout(&null)?;
+    }
+    if rustix::fs::fstat(std::io::stderr())?.st_rdev == device {
+        rustix::stdio::dup2_stderr(&null)?;
+    }
+    Ok(())
 }
 
 fn program(spec: &Spec) -> Result<(std::path::PathBuf, Vec<String>), String> {

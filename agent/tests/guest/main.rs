@@ -400,14 +400,3 @@ async fn a_container_can_be_made_again_and_again() {
     machine.client.start_process(start("c1", "")).await.expect("start");
     assert_eq!(machine.exit(|_| ()).await.exit_status, 0);
 }
-
-#[tokio::test]
-async fn debug_things() {
-    let Some(mut machine) = Machine::boot(256).await else { return };
-    sandbox(&mut machine).await;
-    sleeper(&mut machine, "c1").await;
-    for (n, script) in ["head -c 100 /dev/zero | sha256sum", "ls -la /dev /", "head -c 60000 /dev/zero | cat", "head -c 70000 /dev/zero | cat", "head -c 200000 /dev/zero | cat"].iter().enumerate() {
-        let (status, output) = run(&mut machine, "c1", &format!("d{n}"), process(&["sh", "-c", &format!("exec 2>&1; {script}")])).await;
-        println!("{status} {} {}", output.len(), &output[..output.len().min(2000)].replace('\0', ""));
-    }
-}
