@@ -52,6 +52,15 @@ pub fn watch(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     Ok(unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?)
 }
 
+/// The processor's time stamp counter.
+pub fn time_stamp_counter() -> u64 {
+    // SAFETY: reads a counter; Linux lets every process.
+    #[expect(unsafe_code, reason = "an instruction that std does not wrap")]
+    unsafe {
+        std::arch::x86_64::_rdtsc()
+    }
+}
+
 /// Gives the guest behind an open `/dev/vhost-vsock` its address; `AddrInUse` when another guest has it.
 pub fn set_guest_cid(vhost_vsock: &impl AsFd, guest_cid: u32) -> io::Result<()> {
     /// `VHOST_VSOCK_SET_GUEST_CID` of linux/vhost.h: `_IOW(0xAF, 0x60, __u64)`.

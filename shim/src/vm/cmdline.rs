@@ -10,6 +10,7 @@ use crate::device::memory::Memory;
 use crate::device::slots::{self, MachineType, SlotError};
 use crate::qemu::args::{Args, Properties};
 use crate::vm::accel::Accel;
+use crate::vm::clock;
 use crate::vm::config::VmConfig;
 
 /// Bound of TCG's translation cache in MiB; QEMU's own would take up to an eighth of the host.
@@ -80,6 +81,9 @@ fn machine(machine: MachineType) -> Properties {
 /// fault: the others are not there on microvm.
 fn kernel_command_line(config: &VmConfig) -> String {
     let mut params = vec![Console::KERNEL_PARAM, "quiet", "panic=-1", "reboot=t"];
+    if config.accel == Accel::Tcg {
+        params.extend(clock::TCG_PARAMS);
+    }
     for param in config.devices.iter().flat_map(Device::kernel_params) {
         if !params.contains(param) {
             params.push(param);

@@ -5,6 +5,7 @@
 
 pub mod accel;
 pub mod asset;
+pub mod clock;
 pub mod cmdline;
 pub mod config;
 
@@ -134,7 +135,7 @@ impl Vm {
     /// a VM that nobody holds is killed.
     pub async fn boot(host: &HostThread, config: &VmConfig, launch: VmLaunch) -> Result<Self, VmError> {
         let what = "start the VM";
-        let command_line = cmdline::render(config)?;
+        let command_line = cmdline::render(&clock::told(config).await)?;
         let (kernel, initramfs) = asset::open(&config.kernel, &config.initramfs).await?;
         let start = |error: std::io::Error| VmError::Start(anyhow::Error::new(error).context(what));
         let (monitor, monitor_peer) = UnixStream::pair().map_err(start)?;
