@@ -3,7 +3,7 @@
 //! ```text
 //! Created --start--> Starting --started--> Running --exit--> Exited
 //!    |                  |                                     ^
-//!    |                  '----------------exit-----------------'   (it ended before its start was told)
+//!    |                  '-----------exit, start failed---------'   (it ended before its start was told, or never ran)
 //!    '-- delete (never started)
 //! ```
 //!
@@ -46,7 +46,7 @@ pub enum Step {
     Start,
     /// The guest has it running.
     Started,
-    /// The guest refused to run it.
+    /// The guest refused to run it; no exit is published, since no start was.
     StartFailed,
     /// It ended, or the guest did.
     Exit,
@@ -58,7 +58,8 @@ impl Phase {
         match (self, step) {
             (Self::Created, Step::Start) => Some(Self::Starting),
             (Self::Starting, Step::Started) => Some(Self::Running),
-            (Self::Starting, Step::StartFailed) => Some(Self::Created),
+            // Whoever waits for it must not wait for ever: containerd does, before it deletes what did not start.
+            (Self::Starting, Step::StartFailed) => Some(Self::Exited),
             // A killed container may never have been started; it exits all the same.
             (Self::Created | Self::Starting | Self::Running, Step::Exit) => Some(Self::Exited),
             _ => None,
@@ -212,7 +213,7 @@ mod tests {
             (Phase::Created, Step::Start, Phase::Starting),
             (Phase::Created, Step::Exit, Phase::Exited),
             (Phase::Starting, Step::Started, Phase::Running),
-            (Phase::Starting, Step::StartFailed, Phase::Created),
+            (Phase::Starting, Step::StartFailed, Phase::Exited),
             (Phase::Starting, Step::Exit, Phase::Exited),
             (Phase::Running, Step::Exit, Phase::Exited),
         ];

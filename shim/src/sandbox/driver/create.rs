@@ -210,7 +210,8 @@ impl Driver {
             Ok(made) => made,
             Err(error) => {
                 self.forget(&id);
-                answer(reply, Err(error));
+                // The words by which people and tools know a failed create from runc.
+                answer(reply, Err(error.context("OCI runtime create failed")));
                 self.finish_stop();
                 return;
             }

@@ -1,5 +1,7 @@
 //! Start, exec, signals and the rest of what containerd asks of one process.
 
+use std::time::SystemTime;
+
 use bulkhead_proto::agent;
 use containerd_shim_protos::events::task::{
     TaskDelete, TaskExecAdded, TaskExecStarted, TaskPaused, TaskResumed, TaskStart,
@@ -41,6 +43,9 @@ struct ExecStart {
     width: u32,
     spec: Value,
 }
+
+/// Exit status of a process that could not be started.
+const NEVER_RAN: u32 = 255;
 
 const SIGINT: u32 = 2;
 const SIGKILL: u32 = 9;
@@ -111,12 +116,12 @@ impl Driver {
             }),
             Err(error) => {
                 if let Ok(process) = self.process_mut(&id)
-                    && process.phase() == Phase::Starting
-                    && let Err(error) = process.step(Step::StartFailed, &id)
+                    && process.step(Step::StartFailed, &id).is_ok()
                 {
-                    tracing::error!(%error, "a failed start cannot be undone");
+                    process.set_exit(Exit { status: NEVER_RAN, at: SystemTime::now() });
                 }
-                Err(error)
+                // The words by which people and tools know a failed exec from runc.
+                Err(if id.exec.is_some() { error.context("OCI runtime exec failed: exec failed") } else { error })
             }
         };
         if let Ok(pid) = outcome {
@@ -214,7 +219,7 @@ impl Driver {
             _ => return,
         };
         if matches!(self.state, State::Booting | State::Ready) {
-            self.begin_stop(Exit { status, at: std::time::SystemTime::now() });
+            self.begin_stop(Exit { status, at: SystemTime::now() });
         }
     }
 
@@ -289,9 +294,7 @@ impl Driver {
                     container_id: id.container.0.clone(),
                     pid: deleted.pid,
                     exit_status: exit.map_or(0, |exit| exit.status),
-                    exited_at: MessageField::some(timestamp(
-                        exit.map_or_else(std::time::SystemTime::now, |exit| exit.at),
-                    )),
+                    exited_at: MessageField::some(timestamp(exit.map_or_else(SystemTime::now, |exit| exit.at))),
                     ..Default::default()
                 },
             );
