@@ -14,7 +14,7 @@ help: ## this list
 setup: ## install what building and testing takes (Debian 12+ or Ubuntu, as root)
 	tools/setup.sh
 
-build: ## the shim, the node CLI and the guest's agent, optimised
+build: ## the shim and the guest's agent, optimised
 	cargo build --locked --release -p bulkhead-shim
 	tools/build-agent.sh
 

@@ -6,8 +6,8 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 (cd "$here/root" && sha256sum --check --quiet ../SHA256SUMS) || { echo "install: the files do not match SHA256SUMS: unpack the tarball again" >&2; exit 1; }
 mkdir -p "$prefix"
-# Through new names, so that running pods keep the files that they started with; --unlink-first is tar's way to that.
-tar --create --directory "$here/root" . | tar --extract --unlink-first --no-same-owner --directory "$prefix"
+# tar unlinks a file before it writes one of that name, so running pods keep the files that they started with.
+(cd "$here/root" && find . ! -type d -print0 | tar --create --null --files-from=-) | tar --extract --no-same-owner --directory "$prefix"
 echo "installed under $prefix"
 if ! command -v qemu-system-x86_64 >/dev/null; then
     echo "qemu-system-x86_64 was not found: install QEMU 7.2 or newer (Debian: apt-get install qemu-system-x86)"

@@ -3,7 +3,7 @@
 #
 # Usage: install.sh ROOT
 #
-#   bin/                       containerd-shim-bulkhead-v2 and bulkhead; containerd must have this in its PATH
+#   bin/                       containerd-shim-bulkhead-v2; containerd must have this in its PATH
 #   libexec/bulkhead/          virtiofsd and vhost-device-vsock
 #   share/bulkhead/VERSION/    vmlinux and initramfs; links without a version beside it name the current ones
 #   share/bulkhead/runtimeclass/  manifests and containerd snippets
@@ -25,8 +25,10 @@ place() {
     mv "$root/$2.new.$$" "$root/$2"
 }
 
-place "$target/release/containerd-shim-bulkhead-v2" bin/containerd-shim-bulkhead-v2 755
-place "$target/release/bulkhead" bin/bulkhead 755
+for source in shim/src/bin/*.rs; do
+    program=$(basename "$source" .rs)
+    place "$target/release/$program" "bin/$program" 755
+done
 place "$tools/virtiofsd/bin/virtiofsd" libexec/bulkhead/virtiofsd 755
 place "$tools/vhost-device-vsock/bin/vhost-device-vsock" libexec/bulkhead/vhost-device-vsock 755
 for asset in vmlinux initramfs; do
