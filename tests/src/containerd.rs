@@ -100,8 +100,13 @@ impl Node {
                 ("vhost-device-vsock", &bulkhead.vhost_device_vsock),
             ];
             for (link, target) in programs {
-                let link = layout.program(link);
-                std::os::unix::fs::symlink(target, &link).with_context(|| format!("link {}", link.display()))?;
+                let path = layout.program(link);
+                if link.starts_with("vhost-") || link == "virtiofsd" {
+                    // Pods run these as other users, who cannot reach into root's cache where they were built.
+                    fs::copy(target, &path).with_context(|| format!("copy {}", target.display()))?;
+                } else {
+                    std::os::unix::fs::symlink(target, &path).with_context(|| format!("link {}", path.display()))?;
+                }
             }
         }
         let network = Network::configure(&name, &layout.root.join("cni"))?;
