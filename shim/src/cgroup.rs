@@ -18,8 +18,20 @@ use crate::error::{Error, Result};
 const DEFAULT_PARENT: &str = "bulkhead";
 
 /// Hierarchies of v1 that account for or limit something.
-const V1_CONTROLLERS: [&str; 10] =
-    ["cpu", "cpuacct", "cpuset", "memory", "pids", "blkio", "devices", "freezer", "net_cls", "perf_event"];
+const V1_CONTROLLERS: [&str; 11] = [
+    "cpu",
+    "cpuacct",
+    "cpuset",
+    "memory",
+    "pids",
+    "blkio",
+    "devices",
+    "freezer",
+    "net_cls",
+    "perf_event",
+    // systemd's own, by which its tools find processes.
+    "name=systemd",
+];
 
 /// One mounted hierarchy.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,7 +42,7 @@ struct Hierarchy {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Version {
-    /// With its controllers; a named hierarchy (systemd's) has none.
+    /// With its controllers; a named hierarchy has its name instead, as `name=systemd`.
     V1(Vec<String>),
     V2,
 }
@@ -244,7 +256,7 @@ mod tests {
                     34 24 0:26 / /other/cpu rw,relatime - cgroup cgroup rw,cpu\n";
         let all = hierarchies(text);
         let points: Vec<&Path> = chosen(&all).iter().map(|hierarchy| hierarchy.mount_point.as_path()).collect();
-        assert_eq!(points, [Path::new("/sys/fs/cgroup/cpu"), Path::new("/sys/fs/cgroup/memory")]);
+        assert_eq!(points, ["cpu", "memory", "systemd"].map(|name| Path::new("/sys/fs/cgroup").join(name)));
         let unified = hierarchies("33 24 0:29 / /sys/fs/cgroup rw,relatime - cgroup2 cgroup2 rw,nsdelegate\n");
         assert_eq!(chosen(&unified)[0].mount_point, Path::new("/sys/fs/cgroup"));
     }

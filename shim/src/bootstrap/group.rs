@@ -50,6 +50,10 @@ impl Group {
         if json.len() as u64 > MAX_SPEC_BYTES {
             bail!("spec {} is larger than {MAX_SPEC_BYTES} bytes", path.display());
         }
+        // serde would take a list for the fields of a structure in their order.
+        if json.trim_ascii_start().first() != Some(&b'{') {
+            bail!("spec {} is not a JSON object of the OCI runtime spec", path.display());
+        }
         let spec: Marked = serde_json::from_slice(&json).with_context(context)?;
         Self::of_annotations(&spec.annotations.unwrap_or_default()).with_context(|| format!("spec {}", path.display()))
     }

@@ -14,6 +14,7 @@ use bulkhead_proto::{PORT_PARAMETER, SHARE_TAG, agent};
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use tokio::sync::mpsc;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::annotations::Annotations;
@@ -136,13 +137,19 @@ impl Pod {
 
     /// One future for each child: it ends when the child does, and names it.
     pub fn children_ended(&self) -> Vec<BoxFuture<'static, String>> {
+        let vm_exit = self.parts.vm.as_ref().map(|vm| vm.child().exited());
         let ended = |child: &Child| {
-            let (role, mut exit) = (child.role(), child.exited());
+            let (role, mut exit, mut vm_exit) = (child.role(), child.exited(), vm_exit.clone());
             async move {
-                match exit.wait_for(Option::is_some).await.ok().and_then(|exit| *exit) {
-                    Some(exit) => format!("{role} {exit}"),
-                    None => format!("{role} ended with the shim"),
+                let how = match exit.wait_for(Option::is_some).await.ok().and_then(|exit| *exit) {
+                    Some(exit) => exit.to_string(),
+                    None => "ended with the shim".to_owned(),
+                };
+                // A helper ends with QEMU, and may be seen first: then QEMU is the news.
+                if let Some(vm_exit) = &mut vm_exit {
+                    drop(timeout(timeouts::HELPER_EXIT, vm_exit.wait_for(Option::is_some)).await);
                 }
+                format!("{role} {how}")
             }
             .boxed()
         };
@@ -157,10 +164,19 @@ impl Pod {
         all
     }
 
-    /// Ends the pod in order: the guest is asked to, then everything goes. Errors are logged; every step is tried.
-    pub async fn tear_down(self) {
-        self.parts.tear_down().await;
+    /// Ends the pod. Errors are logged; every step is tried.
+    pub async fn tear_down(self, guest: Farewell) {
+        self.parts.tear_down(guest).await;
     }
+}
+
+/// Whether the guest is asked to end before it is killed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Farewell {
+    /// It ends its containers and syncs.
+    Asked,
+    /// It is lost, or not to be waited for.
+    Killed,
 }
 
 /// What a boot has made so far.
@@ -187,12 +203,14 @@ impl Parts {
     }
 
     /// Removes what is there. The guest first, if it still lives; then QEMU, which all the others serve; then the rest.
-    async fn tear_down(mut self) {
-        let lives = self.vm.as_ref().is_some_and(|vm| vm.child().exited().borrow().is_none());
-        if let (Some(guest), true) = (&self.guest, lives) {
+    async fn tear_down(mut self, farewell: Farewell) {
+        if let (Some(guest), Some(vm), Farewell::Asked) = (&self.guest, &self.vm, farewell) {
             // The agent ends the containers and syncs before it answers, so nothing is lost when QEMU goes right after.
-            if let Err(error) = guest.shutdown().await {
-                tracing::warn!(%error, "the guest did not shut down and is killed");
+            let asked = vm.while_alive("shut the guest down", timeouts::GUEST_SHUTDOWN, guest.shutdown()).await;
+            match asked {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::warn!(%error, "the guest did not shut down and is killed"),
+                Err(error) => tracing::warn!(%error, "the guest did not shut down and is killed"),
             }
         }
         if let Some(vm) = self.vm.take()
@@ -342,7 +360,7 @@ pub async fn boot(identity: Arc<SandboxIdentity>, request: BootRequest) -> Resul
             Ok(Pod { parts, access })
         }
         Err(error) => {
-            parts.tear_down().await;
+            parts.tear_down(Farewell::Killed).await;
             Err(error.context(format!("boot of sandbox {} ({})", identity.sandbox_id, stopwatch.told())))
         }
     }
@@ -422,7 +440,17 @@ async fn assemble(
         oom_score_adj: plan.oom_score_adj,
         files,
     };
-    let vm = parts.vm.insert(Vm::boot(&host, &vm_config, launch).await?);
+    let vm = match Vm::boot(&host, &vm_config, launch).await {
+        Ok(vm) => parts.vm.insert(vm),
+        Err(error) => {
+            // QEMU ends when a helper does, and complains of a broken connection: the helper's words are the reason.
+            let ended = helper_ended([Some(started_share.child()), transport.child()]);
+            return Err(match timeout(timeouts::HELPER_EXIT, ended).await {
+                Ok(ended) => Error::unavailable(ended),
+                Err(_) => error.into(),
+            });
+        }
+    };
     journal.record_child(vm.child()).await?;
     stopwatch.lap("qemu");
     alive(&request.cancel)?;
@@ -431,7 +459,13 @@ async fn assemble(
         tokio::select! {
             greeted = Guest::connect(connections, request.guest_events) => greeted,
             () = request.cancel.cancelled() => Err(killed()),
-            ended = helper_ended([Some(started_share.child()), transport.child()]) => Err(Error::unavailable(ended)),
+            ended = helper_ended([Some(started_share.child()), transport.child()]) => {
+                // Helpers end with QEMU, and may be seen first: then QEMU's end is the reason.
+                Err(match timeout(timeouts::HELPER_EXIT, vm.child().wait()).await {
+                    Ok(_) => Error::unavailable(vm.obituary()).context("wait for the guest"),
+                    Err(_) => Error::unavailable(ended),
+                })
+            }
         }
     };
     let (guest, guest_task, hello) = vm.while_alive("wait for the guest", timeouts::GUEST_BOOT, greeted).await??;

@@ -84,8 +84,11 @@ pub fn create_task(request: api::CreateTaskRequest) -> Result<CreateTask> {
         )));
     }
     let text = std::fs::read(&path).or_kind(Kind::InvalidArgument, format!("read spec {}", path.display()))?;
-    let spec = serde_json::from_slice(&text)
+    let spec: serde_json::Value = serde_json::from_slice(&text)
         .or_kind(Kind::InvalidArgument, format!("spec {} is not JSON of the OCI runtime spec", path.display()))?;
+    if !spec.is_object() {
+        return Err(Error::invalid(format!("spec {} is not a JSON object of the OCI runtime spec", path.display())));
+    }
     Ok(CreateTask {
         id: ContainerId(request.id),
         bundle,

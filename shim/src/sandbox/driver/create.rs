@@ -17,7 +17,7 @@ use crate::container::process::Process;
 use crate::container::spec::{self, PidNamespace, Role};
 use crate::container::stdio::{Stdio, StdioPaths};
 use crate::error::{Error, Result};
-use crate::sandbox::boot::{self, Access, BootRequest, Pod};
+use crate::sandbox::boot::{self, Access, BootRequest, Farewell, Pod};
 use crate::sandbox::state::{State, Step};
 use crate::sandbox::{CreateTask, Reply};
 use crate::storage::container::ContainerStorage;
@@ -143,7 +143,7 @@ impl Driver {
                 answer(reply, Err(Error::unavailable(format!("create container {}: sandbox was killed", task.id))));
                 self.jobs.spawn(async move {
                     if let Ok(pod) = result {
-                        pod.tear_down().await;
+                        pod.tear_down(Farewell::Killed).await;
                     }
                     Done::TornDown
                 });
@@ -172,10 +172,7 @@ impl Driver {
         };
         let (access, guest, target) = match begin(self) {
             Ok(begun) => begun,
-            Err(error) => {
-                self.forget(&task.id);
-                return answer(reply, Err(error));
-            }
+            Err(error) => return self.fail_create(&task.id, reply, error),
         };
         if !guest.dropped.is_empty() {
             tracing::info!(
@@ -209,9 +206,8 @@ impl Driver {
         let made = match result {
             Ok(made) => made,
             Err(error) => {
-                self.forget(&id);
                 // The words by which people and tools know a failed create from runc.
-                answer(reply, Err(error.context("OCI runtime create failed")));
+                self.fail_create(&id, reply, error.context("OCI runtime create failed"));
                 self.finish_stop();
                 return;
             }
@@ -233,11 +229,14 @@ impl Driver {
         }
     }
 
-    /// Drops a container that was not made; a single one takes its VM with it.
-    fn forget(&mut self, id: &ContainerId) {
-        let Some(container) = self.containers.remove(id) else { return };
-        if container.role == Role::Single {
-            self.begin_stop(super::killed_now());
+    /// Drops a container that was not made and says so; a single one takes its VM with it, and is answered when that is gone.
+    fn fail_create(&mut self, id: &ContainerId, reply: Reply<u32>, error: Error) {
+        let role = self.containers.remove(id).map(|container| container.role);
+        if role == Some(Role::Single) && self.state == State::Ready {
+            self.failed_creates.push((reply, error));
+            self.begin_stop(super::killed_now(), Farewell::Killed);
+        } else {
+            answer(reply, Err(error));
         }
     }
 

@@ -17,6 +17,7 @@ use crate::container::process::{Exit, Held, HeldExit, Phase, Process, Step};
 use crate::container::spec::Role;
 use crate::container::stdio::OutputCount;
 use crate::container::{ContainerId, ProcessId};
+use crate::sandbox::boot::Farewell;
 use crate::sandbox::state::State;
 use crate::service::convert::timestamp;
 use crate::timeouts;
@@ -156,7 +157,7 @@ impl Driver {
         match container.role {
             Role::PodContainer => self.publish_exit(&ProcessId::init(id), exit),
             // The container is the sandbox: its exit is the sandbox's, and comes when nothing is left.
-            Role::Single if self.state == State::Ready => self.begin_stop(exit),
+            Role::Single if self.state == State::Ready => self.begin_stop(exit, Farewell::Asked),
             Role::Single | Role::Sandbox => {}
         }
         self.finish_stop();

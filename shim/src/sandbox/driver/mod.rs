@@ -104,6 +104,10 @@ pub struct Driver {
     containers: BTreeMap<ContainerId, Container>,
     jobs: JoinSet<Done>,
     events: Events,
+    /// Creates of a single container that failed: answered when its VM is gone.
+    failed_creates: Vec<(Reply<u32>, Error)>,
+    /// containerd's Shutdown came while the pod was on its way down.
+    ending: bool,
     guest_events: mpsc::Receiver<GuestEvent>,
     guest_events_in: mpsc::Sender<GuestEvent>,
 }
@@ -119,6 +123,8 @@ impl Driver {
             containers: BTreeMap::new(),
             jobs: JoinSet::new(),
             events,
+            failed_creates: Vec::new(),
+            ending: false,
             guest_events,
             guest_events_in,
         }
@@ -130,9 +136,7 @@ impl Driver {
             tokio::select! {
                 command = commands.recv() => {
                     let Some(command) = command else { break };
-                    if self.on_command(command) {
-                        break;
-                    }
+                    self.on_command(command);
                 }
                 Some(event) = self.guest_events.recv() => self.on_guest_event(event),
                 Some(done) = self.jobs.join_next() => match done {
@@ -140,12 +144,14 @@ impl Driver {
                     Err(error) => tracing::error!(%error, "a job of the sandbox panicked"),
                 },
             }
+            if self.ending && matches!(self.state, State::Planned | State::Stopped) {
+                break;
+            }
         }
         self.jobs.shutdown().await;
     }
 
-    /// True if the driver is to end.
-    fn on_command(&mut self, command: Command) -> bool {
+    fn on_command(&mut self, command: Command) {
         match command {
             Command::Create(task, reply) => self.create(*task, reply),
             Command::Start(id, reply) => self.start(id, reply),
@@ -163,12 +169,11 @@ impl Driver {
             Command::Stats(id, reply) => answer(reply, self.stats(&id)),
             Command::TaskPid(id, reply) => answer(reply, Ok(self.task_pid(&id))),
             Command::Shutdown(reply) => {
-                let ends = self.containers.is_empty() && matches!(self.state, State::Planned | State::Stopped);
-                answer(reply, Ok(ends));
-                return ends;
+                // With nothing left to ask about, a pod on its way down is waited for, and then the shim ends.
+                self.ending = self.containers.is_empty() && self.state != State::Ready && self.state != State::Booting;
+                answer(reply, Ok(self.ending));
             }
         }
-        false
     }
 
     fn on_guest_event(&mut self, event: GuestEvent) {
@@ -186,7 +191,9 @@ impl Driver {
                     container.stats = Some(*stats);
                 }
             }
-            GuestEvent::Silent => self.pod_lost("the guest has fallen silent"),
+            GuestEvent::Silent => {
+                self.pod_lost(&format!("the guest hangs: no heartbeat for {:?}", crate::timeouts::HEARTBEAT));
+            }
         }
     }
 

@@ -15,7 +15,7 @@ use crate::container::spec::{self, Role};
 use crate::container::stdio::{Stdio, StdioPaths};
 use crate::container::{ContainerId, ProcessId};
 use crate::error::{Error, Kind, Result, WithKind};
-use crate::sandbox::boot::Access;
+use crate::sandbox::boot::{Access, Farewell};
 use crate::sandbox::state::State;
 use crate::sandbox::{Deleted, ExecTask, Reply};
 use crate::service::convert::timestamp;
@@ -219,7 +219,7 @@ impl Driver {
             _ => return,
         };
         if matches!(self.state, State::Booting | State::Ready) {
-            self.begin_stop(Exit { status, at: SystemTime::now() });
+            self.begin_stop(Exit { status, at: SystemTime::now() }, Farewell::Asked);
         }
     }
 

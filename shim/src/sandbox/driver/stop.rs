@@ -3,15 +3,16 @@
 //! Teardown runs as a job; meanwhile the exits of the pod's containers go out. The sandbox's own exit is published last,
 //! when nothing of the pod is left on the host: containerd removes the network namespace on that word.
 
-use super::{Done, Driver, Holding, killed_now};
+use super::{Done, Driver, Holding, answer, killed_now};
 use crate::container::ProcessId;
 use crate::container::process::{Exit, Phase, Process};
 use crate::container::spec::Role;
+use crate::sandbox::boot::Farewell;
 use crate::sandbox::state::{State, Step};
 
 impl Driver {
     /// Begins the end. `exit` is what the sandbox's own process will have ended with.
-    pub(super) fn begin_stop(&mut self, exit: Exit) {
+    pub(super) fn begin_stop(&mut self, exit: Exit, farewell: Farewell) {
         let was = self.state;
         if self.step(Step::Stop).is_err() {
             return;
@@ -20,7 +21,7 @@ impl Driver {
         match holding {
             Holding::Pod(pod) => {
                 self.jobs.spawn(async move {
-                    pod.tear_down().await;
+                    pod.tear_down(farewell).await;
                     Done::TornDown
                 });
             }
@@ -39,12 +40,14 @@ impl Driver {
             // A teardown ends the children one by one; that is no news.
             return;
         }
-        let console = match &self.holding {
-            Holding::Pod(pod) => pod.console_tail(),
-            _ => String::new(),
+        let (console, obituary) = match &self.holding {
+            Holding::Pod(pod) => (pod.console_tail(), pod.obituary()),
+            _ => (String::new(), None),
         };
+        // The helpers end with QEMU, and sometimes are seen first.
+        let what = obituary.as_deref().unwrap_or(what);
         tracing::error!(error = what, console = %last_lines(&console), "the pod's virtual machine is lost");
-        self.begin_stop(killed_now());
+        self.begin_stop(killed_now(), Farewell::Killed);
     }
 
     pub(super) fn on_torn_down(&mut self) {
@@ -57,6 +60,9 @@ impl Driver {
         for container in self.containers.values_mut() {
             // It went with the pod.
             container.storage = None;
+        }
+        for (reply, error) in self.failed_creates.drain(..) {
+            answer(reply, Err(error));
         }
         self.end_all();
         self.finish_stop();
