@@ -400,3 +400,15 @@ async fn a_container_can_be_made_again_and_again() {
     machine.client.start_process(start("c1", "")).await.expect("start");
     assert_eq!(machine.exit(|_| ()).await.exit_status, 0);
 }
+
+#[tokio::test]
+#[ignore = "a tool: runs the shell script in BULKHEAD_SCRIPT as an exec and prints what it says"]
+async fn script() {
+    let Some(mut machine) = Machine::boot(256).await else { return };
+    sandbox(&mut machine).await;
+    sleeper(&mut machine, "c1").await;
+    let script = std::env::var("BULKHEAD_SCRIPT").expect("BULKHEAD_SCRIPT");
+    let began = std::time::Instant::now();
+    let (status, output) = run(&mut machine, "c1", "e", process(&["sh", "-c", &format!("exec 2>&1; {script}")])).await;
+    println!("{output}\nexit {status} after {:?}\n{:?}", began.elapsed(), machine.hello);
+}
