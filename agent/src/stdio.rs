@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::error::{During, Error, Result};
-use crate::link::{Host, PACKET};
+use crate::link::Host;
 use crate::sys;
 
 /// What [`Output::settle`] takes at most: a pipe's capacity, however fast a background child writes on.
@@ -293,7 +293,7 @@ fn look(fd: &AsyncFd<OwnedFd>, buffer: &mut [u8]) -> Look {
 /// Sends an output until its end, or until abandoned and nothing settled is left.
 async fn pump_out(host: &Host, token: Token, source: &Output, abandon: &CancellationToken) -> io::Result<()> {
     let mut stream = host.dial(Kind::Stream, token).await?;
-    let mut frame = vec![0; PACKET];
+    let mut frame = vec![0; FRAME_HEADER + MAX_FRAME];
     loop {
         let count = tokio::select! {
             biased;

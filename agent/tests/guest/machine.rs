@@ -85,7 +85,7 @@ impl Machine {
             wait_for(&path(socket)).await;
         }
         let qemu: Vec<String> = [
-            "-M microvm,acpi=off,pit=on,pic=on,rtc=on,memory-backend=ram -accel tcg,tb-size=64 -cpu max -nodefaults -no-user-config",
+            "-M microvm,acpi=off,pit=on,pic=on,rtc=on,memory-backend=ram -accel tcg,tb-size=256 -cpu max -nodefaults -no-user-config",
             "-display none -no-reboot -serial stdio",
             &format!("-m {memory_mib} -object memory-backend-memfd,id=ram,share=on,size={memory_mib}M"),
             &format!("-kernel {} -initrd {}", assets.join("vmlinux").display(), text("initramfs")),
@@ -94,7 +94,7 @@ impl Machine {
         ]
         .iter()
         .flat_map(|words| words.split(' ').map(str::to_owned).collect::<Vec<_>>())
-        .chain(["-append".to_owned(), "console=ttyS0 quiet panic=-1".to_owned()])
+        .chain(["-append".to_owned(), format!("console=ttyS0 quiet panic=-1 {}", std::env::var("BULKHEAD_APPEND").unwrap_or_default())])
         .collect();
         children.push(helper("qemu-system-x86_64".into(), &qemu, "console.log"));
 

@@ -410,5 +410,17 @@ async fn script() {
     let script = std::env::var("BULKHEAD_SCRIPT").expect("BULKHEAD_SCRIPT");
     let began = std::time::Instant::now();
     let (status, output) = run(&mut machine, "c1", "e", process(&["sh", "-c", &format!("exec 2>&1; {script}")])).await;
+    for n in 0..30 {
+        let began = std::time::Instant::now();
+        let (stdout_token, stdout) = machine.stream();
+        let stdio = api::Stdio { stdout_token, ..Default::default() };
+        let exec = format!("t{n}");
+        let started = Exec { id: "c1", exec: &exec, process: process(&["true"]), stdio }.start(&mut machine).await.expect("exec");
+        let start = began.elapsed();
+        machine.exit(|_| ()).await;
+        let exit = began.elapsed();
+        read_all(stdout).await;
+        println!("exec: started after {start:?}, exit {exit:?}, all {:?}, guest {:?}", began.elapsed(), started.stages);
+    }
     println!("{output}\nexit {status} after {:?}\n{:?}", began.elapsed(), machine.hello);
 }
