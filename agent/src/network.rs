@@ -226,6 +226,11 @@ impl Network {
     }
 
     async fn bring_up(&self, interface: &Interface, index: u32) -> Result<()> {
+        // The pod's namespace has done duplicate detection for these very addresses; here they would find themselves.
+        let detection = format!("/proc/sys/net/ipv6/conf/{}/dad_transmits", interface.name);
+        if let Err(error) = std::fs::write(detection, "0") {
+            tracing::debug!(%error, "duplicate address detection stays on");
+        }
         let mut message = LinkUnspec::new_with_index(index).up();
         if interface.mtu != 0 {
             message = message.mtu(interface.mtu);
@@ -234,7 +239,6 @@ impl Network {
         for &(address, length) in &interface.addresses {
             let mut request = self.handle.address().add(index, address, length).replace();
             if address.is_ipv6() {
-                // The pod's namespace has done duplicate detection for this very address; here it would find itself.
                 request.message_mut().attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
             }
             request.execute().await.during(|| format!("add address {address}/{length}"))?;

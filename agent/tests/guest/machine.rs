@@ -94,6 +94,8 @@ impl Machine {
         ]
         .iter()
         .flat_map(|words| words.split(' ').map(str::to_owned).collect::<Vec<_>>())
+        .chain(["-netdev".to_owned(), "user,id=n".to_owned()])
+        .chain(["-device".to_owned(), "virtio-net-device,netdev=n,mac=02:00:00:00:00:05".to_owned()])
         .chain(["-append".to_owned(), format!("console=ttyS0 quiet panic=-1 {}", std::env::var("BULKHEAD_APPEND").unwrap_or_default())])
         .collect();
         children.push(helper("qemu-system-x86_64".into(), &qemu, "console.log"));

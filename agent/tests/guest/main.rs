@@ -15,7 +15,7 @@ fn busybox(machine: &Machine, name: &str) {
         std::fs::create_dir_all(rootfs.join(directory)).expect("mkdir");
     }
     std::fs::copy("/bin/busybox", rootfs.join("bin/busybox")).expect("busybox-static");
-    for applet in ["sh", "cat", "echo", "sleep", "sha256sum", "id", "env", "head", "ps", "kill", "stty", "dd", "pwd", "true", "ls", "grep"] {
+    for applet in ["sh", "cat", "echo", "sleep", "sha256sum", "id", "env", "head", "ps", "kill", "stty", "dd", "pwd", "true", "ls", "grep", "ip", "hostname", "mkdir", "touch", "df", "sysctl", "ulimit"] {
         std::os::unix::fs::symlink("busybox", rootfs.join("bin").join(applet)).expect("symlink");
     }
     std::fs::write(rootfs.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\nweb:x:1000:1000::/home/web:/bin/sh\n").expect("passwd");
@@ -399,6 +399,114 @@ async fn a_container_can_be_made_again_and_again() {
     machine.client.create_container(request).await.expect("create");
     machine.client.start_process(start("c1", "")).await.expect("start");
     assert_eq!(machine.exit(|_| ()).await.exit_status, 0);
+}
+
+#[tokio::test]
+async fn the_pods_network_and_sysctls_are_set() {
+    let Some(mut machine) = Machine::boot(256).await else { return };
+    let address = |address: &[u8], prefix_length| api::IpAddress { address: address.into(), prefix_length };
+    let v6 = |last| [0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, last];
+    let route = |gateway: &[u8], onlink| api::Route { gateway: gateway.into(), interface: "net7".into(), onlink, ..Default::default() };
+    let request = api::CreateSandboxRequest {
+        hostname: "web-0".into(),
+        share_tag: "share".into(),
+        shm_size_bytes: 1 << 20,
+        sysctls: [("net.ipv4.ip_unprivileged_port_start", "0"), ("net/ipv4/conf/net7/rp_filter", "2")]
+            .map(|(name, value)| (name.to_owned(), value.to_owned()))
+            .into(),
+        interfaces: vec![api::Interface {
+            name: "net7".into(),
+            mac: vec![2, 0, 0, 0, 0, 5],
+            mtu: 1400,
+            addresses: vec![address(&[10, 9, 0, 5], 24), address(&v6(5), 64)],
+        }],
+        routes: vec![
+            route(&[169, 254, 1, 1], true),
+            route(&v6(1), false),
+            api::Route { destination: Some(address(&[10, 8, 0, 0], 16)), ..route(&[10, 9, 0, 1], false) },
+            api::Route { destination: Some(address(&[10, 9, 0, 0], 24)), source: vec![10, 9, 0, 5], scope: 253, ..route(&[], false) },
+        ],
+        neighbours: vec![api::Neighbour {
+            address: vec![10, 9, 0, 1],
+            mac: vec![2, 0, 0, 0, 0, 9],
+            interface: "net7".into(),
+            state: 0x80,
+        }],
+    };
+    machine.client.create_sandbox(request.clone()).await.expect("sandbox");
+    machine.client.create_sandbox(request).await.expect("a repeated request is answered as the first was");
+    sleeper(&mut machine, "c1").await;
+    let script = "hostname; ip addr show net7; ip route; ip -6 route show default; ip neigh; ip addr show lo; df /dev/shm; \
+                  cat /proc/sys/net/ipv4/ip_unprivileged_port_start /proc/sys/net/ipv4/conf/net7/rp_filter";
+    let (status, output) = run(&mut machine, "c1", "e", process(&["sh", "-c", script])).await;
+    for expected in [
+        "web-0\n",
+        "mtu 1400",
+        "inet 10.9.0.5/24",
+        "inet6 fd00::5/64 scope global",
+        "default via 169.254.1.1 dev net7",
+        "10.8.0.0/16 via 10.9.0.1 dev net7",
+        "default via fd00::1 dev net7",
+        "10.9.0.1 dev net7 lladdr 02:00:00:00:00:09",
+        "inet 127.0.0.1/8",
+        "shm                       1024",
+        "\n0\n2\n",
+    ] {
+        assert!(output.contains(expected), "{expected:?} is not in {output}");
+    }
+    assert!(!output.contains("tentative"), "{output}");
+    assert_eq!(status, 0);
+}
+
+#[tokio::test]
+async fn a_container_is_confined_as_its_spec_says() {
+    let Some(mut machine) = Machine::boot(256).await else { return };
+    sandbox(&mut machine).await;
+    busybox(&machine, "c1");
+    std::fs::create_dir(machine.share("c1/0")).expect("mkdir");
+    std::fs::write(machine.share("c1/1"), "one file\n").expect("write");
+    let mut spec = spec(process(&["sleep", "1000"]));
+    spec["root"]["readonly"] = json!(true);
+    spec["linux"]["seccomp"] = json!({
+        "defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86"],
+        "syscalls": [{ "names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38 }],
+    });
+    spec["process"]["rlimits"] = json!([{ "type": "RLIMIT_NOFILE", "soft": 77, "hard": 77 }]);
+    for mount in [
+        json!({ "destination": "/data", "type": "bind", "source": "share:c1/0", "options": ["rbind", "rw"] }),
+        json!({ "destination": "/ro", "type": "bind", "source": "share:c1/0", "options": ["rbind", "rro"] }),
+        json!({ "destination": "/etc/one", "type": "bind", "source": "share:c1/1", "options": ["bind", "ro"] }),
+        json!({ "destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "size=1m", "mode=1777"] }),
+    ] {
+        spec["mounts"].as_array_mut().expect("mounts").push(mount);
+    }
+    machine.client.create_container(create("c1", &spec, api::Stdio::default())).await.expect("create");
+    machine.client.start_process(start("c1", "")).await.expect("start");
+    let script = "exec 2>&1; mkdir /data/x; touch /data/file && echo written; touch /ro/file; touch /root-is-ro; cat /etc/one; touch /etc/one; \
+                  df /tmp; touch /tmp/t && echo tmp; cat /proc/kcore | head -c 1; ls -la /proc/keys; echo 1 > /proc/sys/kernel/pid_max; \
+                  grep Seccomp: /proc/1/status /proc/self/status; ulimit -n";
+    let mut exec = process(&["sh", "-c", script]);
+    exec["rlimits"] = json!([{ "type": "RLIMIT_NOFILE", "soft": 88, "hard": 88 }]);
+    let began = std::time::Instant::now();
+    let (_, output) = run(&mut machine, "c1", "e", exec).await;
+    println!("{:?} {output}", began.elapsed());
+    for expected in [
+        "can't create directory '/data/x': Function not implemented",
+        "written\n",
+        "/ro/file: Read-only file system",
+        "/root-is-ro: Read-only file system",
+        "one file\n",
+        "/etc/one: Read-only file system",
+        "1024",
+        "tmp\n",
+        "can't create /proc/sys/kernel/pid_max: Read-only file system",
+        "/proc/1/status:Seccomp:\t2",
+        "/proc/self/status:Seccomp:\t2",
+        "\n88\n",
+    ] {
+        assert!(output.contains(expected), "{expected:?} is not in {output}");
+    }
+    assert!(machine.share("c1/0/file").exists(), "a write to a volume reaches the host");
 }
 
 #[tokio::test]
