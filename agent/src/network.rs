@@ -227,7 +227,7 @@ impl Network {
 
     async fn bring_up(&self, interface: &Interface, index: u32) -> Result<()> {
         // The pod's namespace has done duplicate detection for these very addresses; here they would find themselves.
-        let detection = format!("/proc/sys/net/ipv6/conf/{}/dad_transmits", interface.name);
+        let detection = format!("/proc/sys/net/ipv6/conf/{}/accept_dad", interface.name);
         if let Err(error) = std::fs::write(detection, "0") {
             tracing::debug!(%error, "duplicate address detection stays on");
         }
