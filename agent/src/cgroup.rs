@@ -130,7 +130,8 @@ impl Cgroup {
                     EMPTIED.as_secs()
                 )));
             }
-            let timeout = rustix::event::Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+            let timeout =
+                rustix::event::Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
             let mut poll = [rustix::event::PollFd::new(&file, rustix::event::PollFlags::PRI)];
             match rustix::event::poll(&mut poll, Some(&timeout)) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}

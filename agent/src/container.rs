@@ -224,8 +224,8 @@ impl Container {
         exec_id: &str,
     ) -> Result<api::StartProcessResponse> {
         let registered = self.execs().get(exec_id).cloned();
-        let Registered { process, spec, .. } =
-            registered.ok_or_else(|| Error::not_found(format!("exec {exec_id} of container {} does not exist", self.id)))?;
+        let Registered { process, spec, .. } = registered
+            .ok_or_else(|| Error::not_found(format!("exec {exec_id} of container {} does not exist", self.id)))?;
         process.advance(Phase::Created, Phase::Starting)?;
         let started = self.run_exec(services, &process, &spec).await;
         if started.is_err() {
@@ -411,7 +411,9 @@ impl Container {
         }
         let (id, directory) = (self.id.clone(), self.directory.clone());
         let rootfs = std::mem::take(&mut *self.rootfs());
-        tokio::task::spawn_blocking(move || clean_up(&id, &directory, rootfs)).await.during(|| "delete the container")?
+        tokio::task::spawn_blocking(move || clean_up(&id, &directory, rootfs))
+            .await
+            .during(|| "delete the container")?
     }
 
     fn check_running(&self, what: &str) -> Result<()> {

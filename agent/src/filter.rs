@@ -50,7 +50,8 @@ pub fn compile(spec: &[LinuxDeviceCgroup]) -> Vec<BpfInstruction> {
 }
 
 fn translate(rule: &LinuxDeviceCgroup) -> Rule {
-    let number = |number: Option<i64>| number.and_then(|number| i32::try_from(number).ok()).filter(|&number| number >= 0);
+    let number =
+        |number: Option<i64>| number.and_then(|number| i32::try_from(number).ok()).filter(|&number| number >= 0);
     let letters = rule.access().as_deref().unwrap_or("rwm");
     let bit = |letter, bit| if letters.contains(letter) { bit } else { 0 };
     Rule {

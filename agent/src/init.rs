@@ -155,7 +155,8 @@ fn prepare_root() -> Result<()> {
 
 /// Makes the console stdin, stdout and stderr.
 fn open_console() {
-    let Ok(console) = rustix::fs::open(c"/dev/console" as &CStr, OFlags::RDWR | OFlags::NOCTTY, rustix::fs::Mode::empty())
+    let Ok(console) =
+        rustix::fs::open(c"/dev/console" as &CStr, OFlags::RDWR | OFlags::NOCTTY, rustix::fs::Mode::empty())
     else {
         return;
     };
@@ -173,9 +174,9 @@ fn parameter<'a>(command_line: &'a str, name: &str) -> Option<&'a str> {
 fn port(command_line: &str) -> Result<u32> {
     match parameter(command_line, PORT_PARAMETER) {
         None => Ok(DEFAULT_PORT),
-        Some(text) => text
-            .parse()
-            .map_err(|_| Error::invalid(format!("kernel parameter {PORT_PARAMETER}={text:?} is not a vsock port number"))),
+        Some(text) => text.parse().map_err(|_| {
+            Error::invalid(format!("kernel parameter {PORT_PARAMETER}={text:?} is not a vsock port number"))
+        }),
     }
 }
 

@@ -115,7 +115,8 @@ pub fn unmount(target: &Path) -> Result<()> {
 /// The guest path of `path` below the share, which must exist there and lead through no symbolic link.
 pub fn shared(path: &str) -> Result<PathBuf> {
     let below = spec::share_path(path)?;
-    let share = open_directory(Path::new(SHARE)).map_err(|error| Error::precondition(format!("open the share: {error}")))?;
+    let share =
+        open_directory(Path::new(SHARE)).map_err(|error| Error::precondition(format!("open the share: {error}")))?;
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
     openat2(&share, below, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)
         .map_err(|error| Error::invalid(format!("{path} below the share: {error}")))?;

@@ -61,9 +61,12 @@ struct Neighbour {
 /// Checks the network part of a request and puts routes in the order they can be added.
 pub fn plan(interfaces: &[api::Interface], routes: &[api::Route], neighbours: &[api::Neighbour]) -> Result<Plan> {
     let interfaces = interfaces.iter().map(parse_interface).collect::<Result<Vec<_>>>()?;
-    let known = |name: &str| match interfaces.iter().any(|interface| interface.name == name) || name == "lo" {
-        true => Ok(()),
-        false => Err(Error::invalid(format!("interface {name:?} is named by a route or neighbour but not given"))),
+    let known = |name: &str| {
+        if interfaces.iter().any(|interface| interface.name == name) || name == "lo" {
+            Ok(())
+        } else {
+            Err(Error::invalid(format!("interface {name:?} is named by a route or neighbour but not given")))
+        }
     };
     let mut routes = routes.iter().map(parse_route).collect::<Result<Vec<_>>>()?;
     routes.iter().try_for_each(|route| known(&route.interface))?;
@@ -103,7 +106,8 @@ fn parse_route(route: &api::Route) -> Result<Route> {
         gateway,
         interface: route.interface.clone(),
         source,
-        scope: u8::try_from(route.scope).map_err(|_| Error::invalid(format!("route scope {} is above 255", route.scope)))?,
+        scope: u8::try_from(route.scope)
+            .map_err(|_| Error::invalid(format!("route scope {} is above 255", route.scope)))?,
         onlink: route.onlink,
         metric: route.metric,
         mtu: route.mtu,
@@ -164,12 +168,19 @@ impl Network {
         let mut indices = self.name_devices(&plan.interfaces).await?;
         let loopback = self.links().await?.into_iter().find(|link| link.name == "lo");
         let loopback = loopback.ok_or_else(|| Error::internal("the guest has no loopback device"))?.index;
-        self.handle.link().set(LinkUnspec::new_with_index(loopback).up().build()).execute().await.during(|| "bring up lo")?;
+        self.handle
+            .link()
+            .set(LinkUnspec::new_with_index(loopback).up().build())
+            .execute()
+            .await
+            .during(|| "bring up lo")?;
         indices.insert("lo".to_owned(), loopback);
 
         for interface in &plan.interfaces {
             let index = indices[&interface.name];
-            self.bring_up(interface, index).await.map_err(|error| error.during(format!("interface {}", interface.name)))?;
+            self.bring_up(interface, index)
+                .await
+                .map_err(|error| error.during(format!("interface {}", interface.name)))?;
         }
         for route in &plan.routes {
             let message = route_message(route, indices[&route.interface]);
@@ -235,7 +246,12 @@ impl Network {
         if interface.mtu != 0 {
             message = message.mtu(interface.mtu);
         }
-        self.handle.link().set(message.build()).execute().await.during(|| format!("bring up with MTU {}", interface.mtu))?;
+        self.handle
+            .link()
+            .set(message.build())
+            .execute()
+            .await
+            .during(|| format!("bring up with MTU {}", interface.mtu))?;
         for &(address, length) in &interface.addresses {
             let mut request = self.handle.address().add(index, address, length).replace();
             if address.is_ipv6() {
@@ -347,7 +363,8 @@ mod tests {
 
     fn route(destination: Option<([u8; 4], u32)>, gateway: &[u8]) -> api::Route {
         api::Route {
-            destination: destination.map(|(address, prefix_length)| api::IpAddress { address: address.into(), prefix_length }),
+            destination: destination
+                .map(|(address, prefix_length)| api::IpAddress { address: address.into(), prefix_length }),
             gateway: gateway.to_vec(),
             interface: "eth0".into(),
             ..api::Route::default()
@@ -381,12 +398,8 @@ mod tests {
 
     #[test]
     fn only_permanent_neighbours_are_kept() {
-        let neighbour = |state| api::Neighbour {
-            address: vec![10, 0, 0, 1],
-            mac: vec![2; 6],
-            interface: "eth0".into(),
-            state,
-        };
+        let neighbour =
+            |state| api::Neighbour { address: vec![10, 0, 0, 1], mac: vec![2; 6], interface: "eth0".into(), state };
         let plan = plan(&[eth0()], &[], &[neighbour(2), neighbour(PERMANENT)]).expect("plan");
         assert_eq!(plan.neighbours.len(), 1);
     }

@@ -206,7 +206,11 @@ impl Pod {
     }
 
     /// Runs a created process.
-    pub async fn start_process(self: &Arc<Self>, container_id: &str, exec_id: &str) -> Result<api::StartProcessResponse> {
+    pub async fn start_process(
+        self: &Arc<Self>,
+        container_id: &str,
+        exec_id: &str,
+    ) -> Result<api::StartProcessResponse> {
         let container = self.container(container_id).await?;
         if !exec_id.is_empty() {
             let (services, exec_id) = (Arc::clone(&self.services), exec_id.to_owned());
@@ -252,8 +256,8 @@ impl Pod {
 
     /// Changes a container's limits.
     pub async fn update(&self, container_id: &str, resources_json: &[u8]) -> Result<()> {
-        let resources: LinuxResources =
-            serde_json::from_slice(resources_json).map_err(|error| Error::invalid(format!("OCI resources: {error}")))?;
+        let resources: LinuxResources = serde_json::from_slice(resources_json)
+            .map_err(|error| Error::invalid(format!("OCI resources: {error}")))?;
         self.container(container_id).await?.update(&resources)
     }
 

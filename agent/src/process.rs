@@ -155,6 +155,7 @@ impl Process {
 }
 
 #[cfg(test)]
+#[allow(clippy::disallowed_methods, reason = "tasks and children of a test end with the test")]
 mod tests {
     use super::*;
 

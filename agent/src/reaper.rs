@@ -130,6 +130,11 @@ fn kill(pid: i32, number: i32) -> Result<(), Errno> {
 }
 
 #[cfg(test)]
+#[allow(
+    clippy::zombie_processes,
+    clippy::disallowed_methods,
+    reason = "tasks and children of a test end with the test"
+)]
 mod tests {
     use std::process::Command;
 

@@ -76,7 +76,18 @@ pub fn set_sysctl(name: &str, value: &str) -> Result<()> {
 fn sysctl_path(name: &str) -> Result<String> {
     let slashed = match name.find(['.', '/']) {
         Some(at) if name[at..].starts_with('/') => name.to_owned(),
-        _ => name.chars().map(|letter| if letter == '.' { '/' } else if letter == '/' { '.' } else { letter }).collect(),
+        _ => name
+            .chars()
+            .map(|letter| {
+                if letter == '.' {
+                    '/'
+                } else if letter == '/' {
+                    '.'
+                } else {
+                    letter
+                }
+            })
+            .collect(),
     };
     if slashed.split('/').any(|part| part.is_empty() || part == "." || part == "..") {
         return Err(Error::invalid(format!("{name:?} is not a sysctl name")));

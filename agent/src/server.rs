@@ -111,7 +111,9 @@ impl Agent for Connection {
         let request = request.into_inner();
         if request.api_version != bulkhead_proto::API_VERSION {
             let (theirs, ours) = (request.api_version, bulkhead_proto::API_VERSION);
-            return Err(Error::precondition(format!("API version {theirs} is not known, the agent speaks {ours}")).into());
+            return Err(
+                Error::precondition(format!("API version {theirs} is not known, the agent speaks {ours}")).into()
+            );
         }
         let secret = Token::try_from(request.session_secret.as_slice()).map_err(|_| {
             Error::invalid(format!("session secret has {} bytes, expected 16", request.session_secret.len()))
@@ -177,7 +179,10 @@ impl Agent for Connection {
         Ok(Response::new(api::UpdateContainerResponse {}))
     }
 
-    async fn pause_container(&self, request: Request<api::PauseContainerRequest>) -> Reply<api::PauseContainerResponse> {
+    async fn pause_container(
+        &self,
+        request: Request<api::PauseContainerRequest>,
+    ) -> Reply<api::PauseContainerResponse> {
         self.pod()?.freeze(&request.into_inner().container_id, true).await?;
         Ok(Response::new(api::PauseContainerResponse {}))
     }

@@ -204,7 +204,9 @@ fn check_seccomp(seccomp: Option<&LinuxSeccomp>) -> Result<()> {
             || filter.syscalls().iter().flatten().any(|rule| rule.action() == LinuxSeccompAction::ScmpActNotify)
     };
     if seccomp.is_some_and(notifies) {
-        return Err(Error::invalid("seccomp action SCMP_ACT_NOTIFY needs a listener on the host, which a guest has not"));
+        return Err(Error::invalid(
+            "seccomp action SCMP_ACT_NOTIFY needs a listener on the host, which a guest has not",
+        ));
     }
     Ok(())
 }
@@ -250,7 +252,8 @@ mod tests {
         assert_eq!(config["root"], json!({ "path": "/r", "readonly": true }));
         assert_eq!(config["process"]["oomScoreAdj"], 0);
         assert_eq!(config["linux"]["cgroupsPath"], "/bulkhead/c1");
-        let kinds: Vec<_> = config["linux"]["namespaces"].as_array().expect("array").iter().map(|n| &n["type"]).collect();
+        let kinds: Vec<_> =
+            config["linux"]["namespaces"].as_array().expect("array").iter().map(|n| &n["type"]).collect();
         assert_eq!(kinds, ["pid", "mount", "cgroup"]);
         assert!(config["linux"].get("resources").is_none() && config["linux"].get("sysctl").is_none());
         assert_eq!(spec.resources.memory().and_then(|memory| memory.limit()), Some(1000));

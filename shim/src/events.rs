@@ -95,6 +95,7 @@ impl EventQueue {
             },
             None => Sink::Log,
         };
+        #[expect(clippy::disallowed_methods, reason = "joined by EventQueue::shutdown")]
         let forwarder = tokio::spawn(forward_all(waiting, sink, Arc::clone(&shared), done_sender, stop.clone()));
         Self { events: Events { queue, shared, done }, stop, forwarder }
     }

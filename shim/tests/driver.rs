@@ -2,6 +2,8 @@
 //!
 //! No VM: a booter of the test's own hands the driver a pod without one. Events go to a ttrpc server that plays containerd.
 
+#![allow(clippy::disallowed_methods, reason = "tasks of a test end with the test")]
+
 mod support;
 
 use std::time::Duration;

@@ -167,7 +167,8 @@ impl Subscriber for ErrorsTo {
     fn event(&self, event: &Event<'_>) {
         let mut text = Text(String::new());
         event.record(&mut text);
-        text.0.truncate((0..=LOG_AT_MOST.min(text.0.len())).rev().find(|&end| text.0.is_char_boundary(end)).unwrap_or(0));
+        text.0
+            .truncate((0..=LOG_AT_MOST.min(text.0.len())).rev().find(|&end| text.0.is_char_boundary(end)).unwrap_or(0));
         // A log line that cannot be sent has no other place to go.
         drop(wire::send_line(&self.socket, &Line::Log(text.0), &[]));
     }

@@ -46,9 +46,7 @@ pub fn exec(socket: &UnixStream, request: Exec, fds: Vec<OwnedFd>) -> Result<(),
     drop(namespaces);
     // A PID namespace is entered by children only.
     match sys::fork_sibling().map_err(|error| format!("fork: {error}"))? {
-        Fork::Parent(pid) => {
-            wire::send_line(socket, &Line::Pid(pid), &[]).map_err(|error| error.to_string())
-        }
+        Fork::Parent(pid) => wire::send_line(socket, &Line::Pid(pid), &[]).map_err(|error| error.to_string()),
         Fork::Child => {
             let Err(text) = become_process(socket, &request, fds);
             drop(wire::send_line(socket, &Line::Failed(text), &[]));
@@ -108,7 +106,8 @@ fn become_process(socket: &UnixStream, request: &Exec, fds: Vec<OwnedFd>) -> Res
         .and_then(|()| prctl::set_keepcaps(false))
         .map_err(|error| format!("become user {uid}, group {gid}: {error}"))?;
     if let Some(capabilities) = process.capabilities() {
-        libcontainer::capabilities::reset_effective(&system).map_err(|error| format!("regain capabilities: {error}"))?;
+        libcontainer::capabilities::reset_effective(&system)
+            .map_err(|error| format!("regain capabilities: {error}"))?;
         drop_privileges(capabilities, &system).map_err(|error| format!("set capabilities: {error}"))?;
     }
     if no_new_privileges {
@@ -138,7 +137,9 @@ fn become_process(socket: &UnixStream, request: &Exec, fds: Vec<OwnedFd>) -> Res
 }
 
 fn load_filter(seccomp: &oci_spec::runtime::LinuxSeccomp) -> Result<(), String> {
-    libcontainer::seccomp::initialize_seccomp(seccomp).map(drop).map_err(|error| format!("set the seccomp filter: {error}"))
+    libcontainer::seccomp::initialize_seccomp(seccomp)
+        .map(drop)
+        .map_err(|error| format!("set the seccomp filter: {error}"))
 }
 
 /// Opens a pty in the container's /dev/pts, makes it the controlling terminal and sends its master to PID 1.

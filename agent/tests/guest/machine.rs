@@ -47,7 +47,9 @@ impl Machine {
     /// Boots a guest with `memory_mib`; none, with a printed reason, where that cannot be.
     pub async fn boot(memory_mib: u32) -> Option<Self> {
         let (Some(assets), Some(agent)) = (assets(), std::env::var_os("BULKHEAD_AGENT")) else {
-            println!("skipped: BULKHEAD_ASSETS (vmlinux, vhost-device-vsock, virtiofsd) and BULKHEAD_AGENT are not set");
+            println!(
+                "skipped: BULKHEAD_ASSETS (vmlinux, vhost-device-vsock, virtiofsd) and BULKHEAD_AGENT are not set"
+            );
             return None;
         };
         let directory = tempfile::tempdir().expect("tempdir");
@@ -70,7 +72,14 @@ impl Machine {
                 .expect("start a helper")
         };
         let text = |name: &str| path(name).display().to_string();
-        let vsock = ["--guest-cid".into(), "3".into(), "--uds-path".into(), text("vsock"), "--socket".into(), text("vsock.sock")];
+        let vsock = [
+            "--guest-cid".into(),
+            "3".into(),
+            "--uds-path".into(),
+            text("vsock"),
+            "--socket".into(),
+            text("vsock.sock"),
+        ];
         children.push(helper(assets.join("vhost-device-vsock"), &vsock, "vsock.log"));
         let share = [
             "--shared-dir".into(),
@@ -104,9 +113,8 @@ impl Machine {
         let mut tasks = JoinSet::new();
         let (control_sender, mut controls) = mpsc::channel(1);
         tasks.spawn(accept(listener, Arc::clone(&streams), control_sender));
-        let control = match tokio::time::timeout(DEADLINE, controls.recv()).await {
-            Ok(Some(control)) => control,
-            _ => panic!("no guest: {}", std::fs::read_to_string(path("console.log")).unwrap_or_default()),
+        let Ok(Some(control)) = tokio::time::timeout(DEADLINE, controls.recv()).await else {
+            panic!("no guest: {}", std::fs::read_to_string(path("console.log")).unwrap_or_default());
         };
         let mut client = client(control).await;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("clock").as_nanos() as u64;
@@ -258,7 +266,7 @@ pub async fn write_all(stream: oneshot::Receiver<UnixStream>, bytes: &[u8]) {
         stream.write_all(&END).await.expect("write");
         stream.read_to_end(&mut Vec::new()).await.expect("closed");
     };
-    tokio::time::timeout(DEADLINE, write).await.expect("everything taken within the deadline")
+    tokio::time::timeout(DEADLINE, write).await.expect("everything taken within the deadline");
 }
 
 /// Reads exactly `length` bytes of payload from a stream that goes on; they must not end within a frame.

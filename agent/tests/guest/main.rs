@@ -15,10 +15,35 @@ fn busybox(machine: &Machine, name: &str) {
         std::fs::create_dir_all(rootfs.join(directory)).expect("mkdir");
     }
     std::fs::copy("/bin/busybox", rootfs.join("bin/busybox")).expect("busybox-static");
-    for applet in ["sh", "cat", "echo", "sleep", "sha256sum", "id", "env", "head", "ps", "kill", "stty", "dd", "pwd", "true", "ls", "grep", "ip", "hostname", "mkdir", "touch", "df", "sysctl", "ulimit"] {
+    for applet in [
+        "sh",
+        "cat",
+        "echo",
+        "sleep",
+        "sha256sum",
+        "id",
+        "env",
+        "head",
+        "ps",
+        "kill",
+        "stty",
+        "dd",
+        "pwd",
+        "true",
+        "ls",
+        "grep",
+        "ip",
+        "hostname",
+        "mkdir",
+        "touch",
+        "df",
+        "sysctl",
+        "ulimit",
+    ] {
         std::os::unix::fs::symlink("busybox", rootfs.join("bin").join(applet)).expect("symlink");
     }
-    std::fs::write(rootfs.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\nweb:x:1000:1000::/home/web:/bin/sh\n").expect("passwd");
+    std::fs::write(rootfs.join("etc/passwd"), "root:x:0:0:root:/root:/bin/sh\nweb:x:1000:1000::/home/web:/bin/sh\n")
+        .expect("passwd");
 }
 
 fn process(args: &[&str]) -> Value {
@@ -149,7 +174,8 @@ async fn streams_arrive_whole() {
     busybox(&machine, "c1");
     let (stdout_token, stdout) = machine.stream();
     let script = "head -c 52428800 /dev/zero | cat; sleep 1000";
-    let request = create("c1", &spec(process(&["sh", "-c", script])), api::Stdio { stdout_token, ..Default::default() });
+    let request =
+        create("c1", &spec(process(&["sh", "-c", script])), api::Stdio { stdout_token, ..Default::default() });
     machine.client.create_container(request).await.expect("create");
     machine.client.start_process(start("c1", "")).await.expect("start");
 
@@ -164,7 +190,8 @@ async fn streams_arrive_whole() {
     // 3 MB in and out through an exec, with a checksum made in the guest.
     let (stdin_token, stdin) = machine.stream();
     let (stdout_token, stdout) = machine.stream();
-    let data: Vec<u8> = (0..3_000_000_u32).flat_map(|n| (n.wrapping_mul(2_654_435_761) >> 24).to_le_bytes()[..1].to_vec()).collect();
+    let data: Vec<u8> =
+        (0..3_000_000_u32).flat_map(|n| (n.wrapping_mul(2_654_435_761) >> 24).to_le_bytes()[..1].to_vec()).collect();
     let stdio = api::Stdio { stdin_token, stdout_token, ..Default::default() };
     Exec { id: "c1", exec: "e1", process: process(&["cat"]), stdio }.start(&mut machine).await.expect("exec");
     let began = std::time::Instant::now();
@@ -202,19 +229,44 @@ async fn an_exec_is_what_its_process_says() {
     }
     println!("10 execs {:?}", began.elapsed());
 
-    let mut user = process(&["sh", "-c", "id -u; id -g; id -G; echo $HOME; pwd; grep CapEff /proc/self/status; echo to >/dev/stdout"]);
+    let mut user = process(&[
+        "sh",
+        "-c",
+        "id -u; id -g; id -G; echo $HOME; pwd; grep CapEff /proc/self/status; echo to >/dev/stdout",
+    ]);
     user["user"] = json!({ "uid": 1000, "gid": 1000, "additionalGids": [7, 8] });
     user["cwd"] = json!("/tmp");
     let (status, output) = run(&mut machine, "c1", "c", user).await;
-    assert_eq!((status, output.as_str()), (0, "1000\n1000\n1000 7 8\n/home/web\n/tmp\nCapEff:\t0000000000000000\nto\n"));
-    let (_, output) = run(&mut machine, "c1", "d", process(&["sh", "-c", "grep -E 'CapEff|CapBnd|NoNew' /proc/self/status; echo $HOME"])).await;
+    assert_eq!(
+        (status, output.as_str()),
+        (0, "1000\n1000\n1000 7 8\n/home/web\n/tmp\nCapEff:\t0000000000000000\nto\n")
+    );
+    let (_, output) = run(
+        &mut machine,
+        "c1",
+        "d",
+        process(&["sh", "-c", "grep -E 'CapEff|CapBnd|NoNew' /proc/self/status; echo $HOME"]),
+    )
+    .await;
     assert_eq!(output, "CapEff:\t0000000000000021\nCapBnd:\t0000000000000021\nNoNewPrivs:\t0\n/root\n");
 
     for (args, cwd, expected) in [
-        (&["nosuch"][..], "/", "unable to start container process: exec: \"nosuch\": executable file not found in $PATH"),
-        (&["/nosuch"], "/", "unable to start container process: exec: \"/nosuch\": stat /nosuch: no such file or directory"),
+        (
+            &["nosuch"][..],
+            "/",
+            "unable to start container process: exec: \"nosuch\": executable file not found in $PATH",
+        ),
+        (
+            &["/nosuch"],
+            "/",
+            "unable to start container process: exec: \"/nosuch\": stat /nosuch: no such file or directory",
+        ),
         (&["/etc/passwd"], "/", "unable to start container process: exec: \"/etc/passwd\": permission denied"),
-        (&["true"], "/none", "unable to start container process: chdir to cwd (\"/none\") set in config.json failed: no such file or directory"),
+        (
+            &["true"],
+            "/none",
+            "unable to start container process: chdir to cwd (\"/none\") set in config.json failed: no such file or directory",
+        ),
     ] {
         let mut process = process(args);
         process["cwd"] = json!(cwd);
@@ -323,7 +375,12 @@ async fn containers_are_signalled_paused_limited_and_watched() {
     assert_eq!(machine.client.list_processes(listed).await.expect("list").into_inner().guest_pids.len(), 1);
 
     // Memory beyond the limit: the OOM comes before the exit.
-    let exec = Exec { id: "c3", exec: "oom", process: process(&["sh", "-c", "dd if=/dev/zero of=/dev/null bs=100M count=1"]), stdio: api::Stdio::default() };
+    let exec = Exec {
+        id: "c3",
+        exec: "oom",
+        process: process(&["sh", "-c", "dd if=/dev/zero of=/dev/null bs=100M count=1"]),
+        stdio: api::Stdio::default(),
+    };
     exec.start(&mut machine).await.expect("exec");
     let mut ooms = 0;
     machine.exit(|event| ooms += u32::from(matches!(event, api::event::Event::Oom(_)))).await;
@@ -373,7 +430,8 @@ async fn a_container_can_be_made_again_and_again() {
     let mut made = std::time::Duration::ZERO;
     for n in 0..20 {
         let (stdout_token, stdout) = machine.stream();
-        let request = create("c1", &spec(process(&["echo", "once"])), api::Stdio { stdout_token, ..Default::default() });
+        let request =
+            create("c1", &spec(process(&["echo", "once"])), api::Stdio { stdout_token, ..Default::default() });
         let began = std::time::Instant::now();
         let response = machine.client.create_container(request).await.expect("create").into_inner();
         machine.client.start_process(start("c1", "")).await.expect("start");
@@ -406,7 +464,12 @@ async fn the_pods_network_and_sysctls_are_set() {
     let Some(mut machine) = Machine::boot(256).await else { return };
     let address = |address: &[u8], prefix_length| api::IpAddress { address: address.into(), prefix_length };
     let v6 = |last| [0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, last];
-    let route = |gateway: &[u8], onlink| api::Route { gateway: gateway.into(), interface: "net7".into(), onlink, ..Default::default() };
+    let route = |gateway: &[u8], onlink| api::Route {
+        gateway: gateway.into(),
+        interface: "net7".into(),
+        onlink,
+        ..Default::default()
+    };
     let request = api::CreateSandboxRequest {
         hostname: "web-0".into(),
         share_tag: "share".into(),
@@ -424,7 +487,12 @@ async fn the_pods_network_and_sysctls_are_set() {
             route(&[169, 254, 1, 1], true),
             route(&v6(1), false),
             api::Route { destination: Some(address(&[10, 8, 0, 0], 16)), ..route(&[10, 9, 0, 1], false) },
-            api::Route { destination: Some(address(&[10, 9, 0, 0], 24)), source: vec![10, 9, 0, 5], scope: 253, ..route(&[], false) },
+            api::Route {
+                destination: Some(address(&[10, 9, 0, 0], 24)),
+                source: vec![10, 9, 0, 5],
+                scope: 253,
+                ..route(&[], false)
+            },
         ],
         neighbours: vec![api::Neighbour {
             address: vec![10, 9, 0, 1],
@@ -523,7 +591,8 @@ async fn script() {
         let (stdout_token, stdout) = machine.stream();
         let stdio = api::Stdio { stdout_token, ..Default::default() };
         let exec = format!("t{n}");
-        let started = Exec { id: "c1", exec: &exec, process: process(&["true"]), stdio }.start(&mut machine).await.expect("exec");
+        let started =
+            Exec { id: "c1", exec: &exec, process: process(&["true"]), stdio }.start(&mut machine).await.expect("exec");
         let start = began.elapsed();
         machine.exit(|_| ()).await;
         let exit = began.elapsed();

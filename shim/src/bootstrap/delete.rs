@@ -89,6 +89,7 @@ impl Server {
     fn wait_for_end(&self) -> anyhow::Result<()> {
         let deadline = Instant::now() + FAREWELL;
         while self.answers()? && Instant::now() < deadline {
+            #[expect(clippy::disallowed_methods, reason = "nothing tells when a socket loses its last listener")]
             thread::sleep(Duration::from_millis(5));
         }
         Ok(())

@@ -114,6 +114,7 @@ fn lock(dir: &Path) -> anyhow::Result<impl AsFd> {
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => return Ok(file),
             Err(Errno::WOULDBLOCK | Errno::INTR) if Instant::now() < deadline => {
+                #[expect(clippy::disallowed_methods, reason = "flock(2) that waits has no deadline")]
                 thread::sleep(Duration::from_millis(2));
             }
             Err(errno) => return Err(io::Error::from(errno)).with_context(context),

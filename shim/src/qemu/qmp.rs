@@ -278,6 +278,7 @@ fn send(stream: &UnixStream, bytes: &[u8], file: Option<&OwnedFd>) -> io::Result
 }
 
 #[cfg(test)]
+#[allow(clippy::disallowed_methods, reason = "tasks and children of a test end with the test")]
 mod tests {
     use super::*;
     use std::fs::File;

@@ -31,7 +31,6 @@ struct State {
     processes: HashMap<(String, String), Process>,
     events: Option<mpsc::UnboundedSender<Result<Event, Status>>>,
     sent: u64,
-    deleted: Vec<String>,
 }
 
 struct Process {
@@ -53,11 +52,6 @@ impl FakeAgent {
             drop(server.serve_with_incoming(incoming).await);
         });
         (agent, task)
-    }
-
-    /// Ids that were deleted, `container` or `container/exec`.
-    pub fn deleted(&self) -> Vec<String> {
-        self.state.lock().expect("not poisoned").deleted.clone()
     }
 
     fn emit(&self, event: event::Event) {
@@ -217,7 +211,8 @@ impl Agent for FakeAgent {
             .filter(|process| !process.exited)
             .ok_or_else(|| Status::not_found("process already finished"))?;
         if let Some(kill) = process.kill.take() {
-            drop(kill.send(request.signal));
+            // It may have ended by itself meanwhile.
+            let _ended = kill.send(request.signal);
         }
         Ok(Response::new(agent::SignalProcessResponse {}))
     }
@@ -229,11 +224,6 @@ impl Agent for FakeAgent {
     async fn delete(&self, request: Request<agent::DeleteRequest>) -> Answer<agent::DeleteResponse> {
         let request = request.into_inner();
         let mut state = self.state.lock().expect("not poisoned");
-        let name = match request.exec_id.as_str() {
-            "" => request.container_id.clone(),
-            exec => format!("{}/{exec}", request.container_id),
-        };
-        state.deleted.push(name);
         state
             .processes
             .remove(&(request.container_id, request.exec_id))

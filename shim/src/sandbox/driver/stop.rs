@@ -99,7 +99,7 @@ mod tests {
 
     #[test]
     fn a_console_is_told_by_its_last_lines_on_one() {
-        let console: String = (0..40).map(|i| format!("line {i}\r\n\n")).collect();
+        let console = (0..40).map(|i| format!("line {i}\r\n\n")).collect::<Vec<_>>().concat();
         let told = last_lines(&console);
         assert!(told.ends_with("line 38 | line 39") && !told.contains("line 27 "));
         assert_eq!(last_lines(""), "");
