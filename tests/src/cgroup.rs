@@ -50,12 +50,16 @@ impl Subtree {
         Ok(format!("/{}/{child}", self.name))
     }
 
-    /// Removes `child` where it has become empty. What is not empty stays, and is then found by [`Self::list`].
-    pub fn remove_if_empty(&self, child: &str) {
+    /// Removes `child` where it has become empty; whether it is gone everywhere. What is not empty stays, and is then found
+    /// by [`Self::list`].
+    pub fn remove_if_empty(&self, child: &str) -> bool {
+        let mut gone = true;
         for hierarchy in &self.hierarchies {
-            // Refused while a process or a group is left in it, which is what the caller looks for next.
-            let _ = fs::remove_dir(hierarchy.join(&self.name).join(child));
+            let path = hierarchy.join(&self.name).join(child);
+            // Refused while a process or a group is left in it.
+            gone &= fs::remove_dir(&path).is_ok() || !path.exists();
         }
+        gone
     }
 
     /// Every group below the subtree, as `hierarchy:path`.

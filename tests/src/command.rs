@@ -312,6 +312,12 @@ fn display_word(word: &str) -> String {
     if !word.is_empty() && word.chars().all(plain) { word.to_owned() } else { format!("'{word}'") }
 }
 
+/// Lets time pass: between two looks at something that tells nobody when it changes, or because passing time is the test.
+#[expect(clippy::disallowed_methods, reason = "the programs under test offer no event for these")]
+pub fn pause(duration: Duration) {
+    thread::sleep(duration);
+}
+
 /// Calls `probe` until it returns a value, or fails with what it said last.
 ///
 /// `what` completes the sentence "waited N s for ...".
@@ -323,7 +329,7 @@ pub fn wait_for<T>(what: &str, deadline: Duration, mut probe: impl FnMut() -> Re
             Err(error) if Instant::now() >= end => {
                 return Err(error.context(format!("waited {:.1} s for {what}", deadline.as_secs_f32())));
             }
-            Err(_) => thread::sleep(Duration::from_millis(20)),
+            Err(_) => pause(Duration::from_millis(20)),
         }
     }
 }

@@ -67,7 +67,8 @@ pub struct Node {
     counter: AtomicU32,
     /// `namespace/id` of everything that ever ran, for what is named by hashes of it.
     ids: Mutex<BTreeSet<String>>,
-    pods: Mutex<BTreeSet<String>>,
+    /// Cgroups of pods that are gone: removed as soon as they are empty.
+    released: Mutex<BTreeSet<String>>,
     // Removed last.
     _directory: TempDir,
 }
@@ -100,8 +101,13 @@ impl Node {
                 ("vhost-device-vsock", &bulkhead.vhost_device_vsock),
             ];
             for (link, target) in programs {
-                let link = layout.program(link);
-                std::os::unix::fs::symlink(target, &link).with_context(|| format!("link {}", link.display()))?;
+                let path = layout.program(link);
+                if link.starts_with("vhost-") || link == "virtiofsd" {
+                    // Pods run these as other users, who cannot reach into root's cache where they were built.
+                    fs::copy(target, &path).with_context(|| format!("copy {}", target.display()))?;
+                } else {
+                    std::os::unix::fs::symlink(target, &path).with_context(|| format!("link {}", path.display()))?;
+                }
             }
         }
         let network = Network::configure(&name, &layout.root.join("cni"))?;
@@ -118,7 +124,7 @@ impl Node {
             daemon: Mutex::new(None),
             counter: AtomicU32::new(0),
             ids: Mutex::default(),
-            pods: Mutex::default(),
+            released: Mutex::default(),
             _directory: directory,
         };
         node.configure_bulkhead("bulkhead.toml", &config::Bulkhead::default())?;
@@ -260,14 +266,19 @@ impl Node {
 
     /// Makes the cgroup of a pod.
     pub fn make_pod_cgroup(&self, pod: &str) -> Result<String> {
-        self.pods.lock().unwrap_or_else(PoisonError::into_inner).insert(pod.to_owned());
         self.cgroups.make(pod)
     }
 
-    /// Notes that a pod is gone: its cgroup is removed as soon as it is empty.
+    /// Notes that a pod is gone: its cgroup is removed as soon as it is empty, at the latest by [`Self::sweep_cgroups`].
     pub fn forget_pod_cgroup(&self, pod: &str) {
-        self.pods.lock().unwrap_or_else(PoisonError::into_inner).remove(pod);
-        self.cgroups.remove_if_empty(pod);
+        self.released.lock().unwrap_or_else(PoisonError::into_inner).insert(pod.to_owned());
+        self.sweep_cgroups();
+    }
+
+    /// Removes the cgroups of pods that are gone, as far as they are empty by now.
+    pub fn sweep_cgroups(&self) {
+        let mut released = self.released.lock().unwrap_or_else(PoisonError::into_inner);
+        released.retain(|pod| !self.cgroups.remove_if_empty(pod));
     }
 
     /// Where containerd and the shims write their log.

@@ -98,21 +98,46 @@ void _start(void) {{
         .arg(&source)
         .success()
         .context("compile the bare init")?;
-    let mut archive = Vec::new();
     let init = fs::read(&program)?;
-    for (name, mode, device, content) in [
-        ("dev", 0o040_755, (0, 0), &[][..]),
-        ("dev/console", 0o020_600, (5, 1), &[][..]),
-        ("init", 0o100_755, (0, 0), &init[..]),
-        ("TRAILER!!!", 0, (0, 0), &[][..]),
-    ] {
-        add_entry(&mut archive, name, mode, device, content)?;
-    }
+    let console = Entry { name: "dev/console", mode: 0o020_600, device: (5, 1), content: &[] };
+    let init = Entry { name: "init", mode: 0o100_755, device: (0, 0), content: &init };
+    let archive = archive(&[Entry::directory("dev"), console, init])?;
     fs::write(path, archive).with_context(|| format!("write {}", path.display()))
 }
 
+/// One file of an initramfs.
+#[derive(Debug, Clone, Copy)]
+pub struct Entry<'a> {
+    /// Path without a slash at the front.
+    pub name: &'a str,
+    /// Type and permissions, as in stat(2).
+    pub mode: u32,
+    /// Major and minor number of a device.
+    pub device: (u32, u32),
+    /// Content of a regular file.
+    pub content: &'a [u8],
+}
+
+impl<'a> Entry<'a> {
+    /// A directory.
+    pub fn directory(name: &'a str) -> Self {
+        Self { name, mode: 0o040_755, device: (0, 0), content: &[] }
+    }
+}
+
+/// A cpio archive of `entries`, as the kernel takes it for an initramfs.
+pub fn archive(entries: &[Entry<'_>]) -> Result<Vec<u8>> {
+    let mut archive = Vec::new();
+    let trailer = Entry { name: "TRAILER!!!", mode: 0, device: (0, 0), content: &[] };
+    for entry in entries.iter().chain([&trailer]) {
+        add_entry(&mut archive, entry)?;
+    }
+    Ok(archive)
+}
+
 /// One entry of a cpio archive in the "new ASCII" format (cpio(5)).
-fn add_entry(archive: &mut Vec<u8>, name: &str, mode: u32, device: (u32, u32), content: &[u8]) -> Result<()> {
+fn add_entry(archive: &mut Vec<u8>, entry: &Entry<'_>) -> Result<()> {
+    let Entry { name, mode, device, content } = *entry;
     let (size, name_size) = (u32::try_from(content.len())?, u32::try_from(name.len() + 1)?);
     let inode = u32::try_from(archive.len())?;
     write!(archive, "070701")?;

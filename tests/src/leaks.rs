@@ -13,7 +13,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use sha2::{Digest, Sha256};
 
-use crate::command::Run;
+use crate::command::{Run, pause};
 use crate::containerd::{CRI_NAMESPACE, Node};
 use crate::image::hex;
 use crate::process::Process;
@@ -30,6 +30,7 @@ pub struct Snapshot {
 impl Snapshot {
     /// Looks at the machine.
     pub fn take(node: &Node) -> Result<Self> {
+        node.sweep_cgroups();
         let mut things = BTreeMap::new();
         for process in processes(node)? {
             // A program that has just been started still changes its name and its arguments.
@@ -59,7 +60,7 @@ impl Snapshot {
             if left.is_empty() || Instant::now() >= end {
                 return Ok(left);
             }
-            std::thread::sleep(Duration::from_millis(100));
+            pause(Duration::from_millis(100));
         }
     }
 
@@ -183,7 +184,7 @@ pub fn after_stop(node: &Node) -> Result<Vec<String>> {
         if left.is_empty() || Instant::now() >= end {
             return Ok(left);
         }
-        std::thread::sleep(Duration::from_millis(100));
+        pause(Duration::from_millis(100));
     }
 }
 
@@ -202,6 +203,6 @@ pub fn clean_up(node: &Node) {
         let _ = Run::new("/sbin/ip").args(["link", "del", &link]).output();
     }
     node.network.remove();
-    std::thread::sleep(Duration::from_millis(100));
+    pause(Duration::from_millis(100));
     node.cgroups.remove();
 }

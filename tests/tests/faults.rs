@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use bulkhead_tests::command::wait_for;
+use bulkhead_tests::command::{pause, wait_for};
 use bulkhead_tests::container::{ContainerSpec, text_of};
 use bulkhead_tests::faults::{self, Part};
 use bulkhead_tests::pod::{Pod, PodSpec};
@@ -123,7 +123,7 @@ fn containerd_killed(context: &Context) -> Result<()> {
     let pid = |part| faults::find(&pod.node, &pod.id, part).map(|process: Process| process.pid);
     let before = pid(Part::Shim)?;
     pod.node.kill_daemon()?;
-    std::thread::sleep(Duration::from_secs(1));
+    pause(Duration::from_secs(1));
     pod.node.start_daemon()?;
     ensure!(pid(Part::Shim)? == before, "the shim is another one");
     ensure!(pod.is_ready()?, "the pod is not ready");
@@ -152,7 +152,7 @@ fn exit_while_down(context: &Context) -> Result<()> {
     let other = pod.run(ContainerSpec::idle())?;
     let container = pod.run(ContainerSpec::script("sleep 3; exit 5"))?;
     pod.node.kill_daemon()?;
-    std::thread::sleep(Duration::from_secs(4));
+    pause(Duration::from_secs(4));
     pod.node.start_daemon()?;
     let exit = container.wait(SOON)?;
     // containerd replaces the code of a runc container whose shim lists no process any more by 255.
@@ -180,7 +180,7 @@ fn guest_hangs(context: &Context) -> Result<()> {
     wait_not_ready(&pod, SOON)?;
     let log = pod.node.log_since(position, 1000);
     ensure!(
-        log.lines().any(|line| line.contains("level=error") && line.contains("heartbeat")),
+        log.lines().any(|line| line.contains("level=error") && line.contains("silent")),
         "the log does not tell: {log}"
     );
     pod.remove_by_force()
@@ -205,7 +205,7 @@ fn qemu_killed_during_stop(context: &Context) -> Result<()> {
     let pod = context.start(PodSpec::new())?;
     let container = pod.run(ContainerSpec::script("trap '' TERM; while :; do sleep 1; done"))?;
     let stopping = container.crictl(&["stop", "--timeout", "20", &container.id]).start()?;
-    std::thread::sleep(Duration::from_millis(500));
+    pause(Duration::from_millis(500));
     faults::kill(&pod.node, &pod.id, Part::Qemu)?;
     let took = stopping.finish()?.success()?.elapsed;
     ensure!(took < Duration::from_secs(10), "the stop took {took:?}");
@@ -218,7 +218,7 @@ fn containerd_killed_during_start(context: &Context) -> Result<()> {
         let (outcome, killed) = std::thread::scope(|scope| {
             let starting =
                 scope.spawn(|| context.try_start(PodSpec::new()).map(|(pod, _)| pod.map(|pod| pod.id.clone())));
-            std::thread::sleep(Duration::from_millis(delay));
+            pause(Duration::from_millis(delay));
             let killed = node.kill_daemon().and_then(|()| node.start_daemon());
             (starting.join(), killed)
         });

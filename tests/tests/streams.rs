@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use bulkhead_tests::command::wait_for;
+use bulkhead_tests::command::{pause, wait_for};
 use bulkhead_tests::container::{ContainerSpec, exec_result, text_of};
 use bulkhead_tests::image::hex;
 use bulkhead_tests::pod::{Pod, PodSpec};
@@ -267,7 +267,7 @@ fn container_terminal(_: &Context, pod: &Pod) -> Result<()> {
     let run = container.crictl(&["attach", "-i", "-t", &container.id]);
     let mut terminal = Terminal::of(&run, 35, 95)?;
     // The answer can come before the output is attached; the log has it anyway.
-    std::thread::sleep(Duration::from_millis(500));
+    pause(Duration::from_millis(500));
     terminal.send("hello\n")?;
     let exit = container.wait(SOON)?;
     ensure!(exit.code == 2, "exit {exit:?}");
@@ -281,7 +281,7 @@ fn attach_twice(_: &Context, pod: &Pod) -> Result<()> {
     let watching: Vec<_> =
         (0..2).map(|_| container.crictl(&["attach", &container.id]).start()).collect::<Result<_>>()?;
     // A client says nothing when it is attached; this is longer than it takes.
-    std::thread::sleep(Duration::from_secs(1));
+    pause(Duration::from_secs(1));
     let typing = container.attach("hello\n")?;
     let exit = container.wait(SOON)?;
     ensure!(exit.code == 0, "exit {exit:?}");

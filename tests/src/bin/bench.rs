@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use bulkhead_tests::command::wait_for;
+use bulkhead_tests::command::{pause, wait_for};
 use bulkhead_tests::container::ContainerSpec;
 use bulkhead_tests::containerd::Node;
 use bulkhead_tests::faults::{self, Part};
@@ -104,7 +104,7 @@ fn measure_all(node: &Arc<Node>, tools: &BulkheadTools, rounds: usize) -> Result
     for runtime in runtimes {
         let pod = Pod::start(node, runtime.handler(), PodSpec::new())?;
         // What was needed only to start is given back a moment later.
-        std::thread::sleep(Duration::from_secs(5));
+        pause(Duration::from_secs(5));
         report.memory.insert(runtime.name(), memory(&pod)?);
         if runtime == Runtime::Bulkhead {
             let qemu = faults::find(node, &pod.id, Part::Qemu)?;
