@@ -54,7 +54,7 @@ static int dial(unsigned char kind, const char *token)
 	for (int i = 0; i < 16 && token[2 * i]; i++)
 		sscanf(token + 2 * i, "%2hhx", &preamble[8 + i]);
 	int fd = socket(AF_VSOCK, SOCK_STREAM, 0);
-	struct sockaddr_vm host = { .svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_HOST, .svm_port = 1024 };
+	struct sockaddr_vm host = { .svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_HOST, .svm_port = strtoul(param("bulkhead.port="), 0, 10) };
 	if (connect(fd, (struct sockaddr *)&host, sizeof host) < 0 || write(fd, preamble, sizeof preamble) != sizeof preamble) {
 		say("dial failed: %s\n", strerror(errno));
 		power_off();

@@ -9,11 +9,11 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use bulkhead_shim::config::Machine;
+use bulkhead_shim::config::{self, Machine};
 use bulkhead_shim::device::Device;
 use bulkhead_shim::host::HostThread;
 use bulkhead_shim::process::Credentials;
-use bulkhead_shim::vm::accel::Accel;
+use bulkhead_shim::vm::accel::{self, Accel};
 use bulkhead_shim::vm::config::VmConfig;
 use bulkhead_shim::vm::{Vm, VmError, VmLaunch};
 
@@ -24,6 +24,7 @@ pub const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 pub struct Bench {
     pub assets: PathBuf,
     pub host: HostThread,
+    pub accel: Accel,
     directory: tempfile::TempDir,
 }
 
@@ -50,14 +51,16 @@ impl Bench {
         fs::write(&initramfs, archive).expect("writes");
         fs::set_permissions(&initramfs, fs::Permissions::from_mode(0o644)).expect("sets the mode");
         let host = HostThread::start(|| Ok(())).expect("host thread");
-        Some(Self { assets, host, directory })
+        let accel = accel::detect(config::Accel::Auto).expect("auto never fails").accel;
+        println!("accelerator: {accel:?}");
+        Some(Self { assets, host, accel, directory })
     }
 
     pub fn config(&self, machine: Machine, params: &str, devices: Vec<Device>) -> VmConfig {
         VmConfig {
             name: "test".into(),
             machine,
-            accel: Accel::Tcg,
+            accel: self.accel,
             vcpus: 1,
             memory_mib: 128,
             kernel: self.assets.join("vmlinux"),
