@@ -23,6 +23,8 @@ use crate::error::{During, Error, Result};
 use crate::link::Host;
 use crate::sys;
 
+/// Capacity of the pipes that a process writes to.
+const PIPE_BYTES: usize = 256 * 1024;
 /// What [`Output::settle`] takes at most: a pipe's capacity, however fast a background child writes on.
 const SETTLED_AT_MOST: usize = 1024 * 1024;
 /// How long a finished sender waits for the receiver to close.
@@ -107,6 +109,8 @@ pub fn open(plan: &Plan, uid: u32, gid: u32) -> Result<(Child, Ends)> {
     for (wanted, end) in [(plan.stdout, &mut ends.stdout), (plan.stderr, &mut ends.stderr)] {
         if wanted.is_some() {
             let (read, write) = pipe()?;
+            // A burst then costs fewer turns between the process and the agent; the kernel takes pages as they fill.
+            rustix::pipe::fcntl_setpipe_size(&write, PIPE_BYTES).during(|| "size a pipe")?;
             child.push(write);
             *end = Some(read);
         } else {

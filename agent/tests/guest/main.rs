@@ -173,7 +173,7 @@ async fn streams_arrive_whole() {
     sandbox(&mut machine).await;
     busybox(&machine, "c1");
     let (stdout_token, stdout) = machine.stream();
-    let script = "head -c 52428800 /dev/zero | cat; sleep 1000";
+    let script = "dd if=/dev/zero bs=64k count=800; sleep 1000";
     let request =
         create("c1", &spec(process(&["sh", "-c", script])), api::Stdio { stdout_token, ..Default::default() });
     machine.client.create_container(request).await.expect("create");
