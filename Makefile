@@ -32,7 +32,7 @@ demo: ## set up, build and show one pod from start to end
 	tools/demo.sh
 
 test: guest ## every test, under TCG
-	cargo test --locked --workspace
+	BULKHEAD_TEST_ASSETS=$(TARGET)/guest cargo test --locked --workspace
 
 test-kvm: guest ## the core of the tests inside a node with KVM, vhost and pure cgroup v2
 	tools/test-kvm.sh

@@ -31,9 +31,10 @@ struct Guest {
 }
 
 impl Guest {
-    async fn boot(bench: &Bench, params: &str) -> Self {
+    /// `None`, with a printed reason, on a machine without any transport.
+    async fn boot(bench: &Bench, params: &str) -> Option<Self> {
         let directory = tempfile::tempdir().unwrap();
-        let helper = bench.assets.join("vhost-device-vsock");
+        let helper = bench.helper()?;
         let launch = TransportLaunch {
             program: move || Ok(helper),
             directory: directory.path().to_owned(),
@@ -52,7 +53,7 @@ impl Guest {
         let mut qemu = Bench::launch();
         qemu.files.push(transport.take_file(id).unwrap());
         let vm = Vm::boot(&bench.host, &config, qemu).await.unwrap();
-        Self { vm, transport, ticket, control, task, directory }
+        Some(Self { vm, transport, ticket, control, task, directory })
     }
 
     async fn close(self) {
@@ -71,7 +72,7 @@ fn pattern(from: u64, length: usize) -> Vec<u8> {
 async fn the_guest_dials_and_bytes_go_both_ways() {
     let Some(bench) = Bench::new() else { return };
     let begun = Instant::now();
-    let mut guest = Guest::boot(&bench, "test=dial").await;
+    let Some(mut guest) = Guest::boot(&bench, "test=dial").await else { return };
     let mut stream =
         guest.vm.while_alive("wait for the guest", LIMIT, guest.control.next([0; 16])).await.unwrap().unwrap();
     println!("dialled after {:?}", begun.elapsed());
@@ -95,7 +96,7 @@ async fn the_guest_dials_and_bytes_go_both_ways() {
 async fn megabytes_from_the_guest_arrive_whole_although_the_reader_is_slow_at_first() {
     let Some(bench) = Bench::new() else { return };
     let total: usize = 20 << 20;
-    let guest = Guest::boot(&bench, &format!("test=stream bytes={total}")).await;
+    let Some(guest) = Guest::boot(&bench, &format!("test=stream bytes={total}")).await else { return };
     let mut stream = guest.ticket.wait().await.unwrap();
     // More than every buffer on the way holds is waiting by now.
     tokio::time::sleep(Duration::from_millis(500)).await;
@@ -119,7 +120,7 @@ async fn megabytes_from_the_guest_arrive_whole_although_the_reader_is_slow_at_fi
 async fn megabytes_to_the_guest_arrive_whole() {
     let Some(bench) = Bench::new() else { return };
     let total: usize = 8 << 20;
-    let guest = Guest::boot(&bench, "test=sink").await;
+    let Some(guest) = Guest::boot(&bench, "test=sink").await else { return };
     let mut stream: GuestStream = guest.ticket.wait().await.unwrap();
     let begun = Instant::now();
     guest.vm.while_alive("write the stream", LIMIT, stream.write_all(&pattern(0, total))).await.unwrap().unwrap();
@@ -134,7 +135,7 @@ async fn megabytes_to_the_guest_arrive_whole() {
 #[tokio::test]
 async fn the_helper_has_no_root_no_capabilities_a_filter_and_namespaces_of_its_own() {
     let Some(bench) = Bench::new() else { return };
-    let mut guest = Guest::boot(&bench, "test=dial").await;
+    let Some(mut guest) = Guest::boot(&bench, "test=dial").await else { return };
     let Some(helper) = guest.transport.child() else {
         println!("skipped: this machine's kernel has vhost-vsock, so there is no helper");
         return guest.close().await;
@@ -166,7 +167,7 @@ async fn the_helper_has_no_root_no_capabilities_a_filter_and_namespaces_of_its_o
 #[tokio::test]
 async fn a_killed_helper_is_noticed_and_ends_the_connections() {
     let Some(bench) = Bench::new() else { return };
-    let mut guest = Guest::boot(&bench, "test=dial").await;
+    let Some(mut guest) = Guest::boot(&bench, "test=dial").await else { return };
     let Some(helper) = guest.transport.child() else {
         println!("skipped: this machine's kernel has vhost-vsock, so there is no helper");
         return guest.close().await;
@@ -211,7 +212,7 @@ async fn a_helper_that_does_not_start_says_why() {
 async fn many_boots_all_dial() {
     let Some(bench) = Bench::new() else { return };
     for round in 0..5 {
-        let mut guest = Guest::boot(&bench, "test=dial").await;
+        let Some(mut guest) = Guest::boot(&bench, "test=dial").await else { return };
         let dialled: Result<_, VmError> = guest.vm.while_alive("wait", LIMIT, guest.control.next([0; 16])).await;
         dialled.unwrap_or_else(|error| panic!("round {round}: {error}")).unwrap();
         guest.close().await;
