@@ -254,7 +254,14 @@ impl Container {
         }));
         let (Started { pid, terminal }, exit) = services.spawn(run, child.0).await.map_err(unable)?;
         stages.done("spawn");
-        process.attach(pid, Streams::run(&process.stdio, ends, terminal, &services.host)?);
+        match Streams::run(&process.stdio, ends, terminal, &services.host) {
+            Ok(streams) => process.attach(pid, streams),
+            Err(error) => {
+                // Without streams nobody would ever know of it. It may have ended by itself, which is as well.
+                let _ = services.reaper.signal(pid, libc::SIGKILL);
+                return Err(error);
+            }
+        }
         process.advance(Phase::Starting, Phase::Running)?;
         if self.init.phase() == Phase::Stopped || self.cancel.is_cancelled() {
             // It came to life while the container died.

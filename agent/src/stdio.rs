@@ -27,6 +27,8 @@ use crate::sys;
 const PIPE_BYTES: usize = 256 * 1024;
 /// What [`Output::settle`] takes at most: a pipe's capacity, however fast a background child writes on.
 const SETTLED_AT_MOST: usize = 1024 * 1024;
+/// How long the host may take to receive the rest of the streams of a process that is deleted.
+const CLOSED: Duration = Duration::from_secs(5);
 /// How long a finished sender waits for the receiver to close.
 const LINGER: Duration = Duration::from_secs(30);
 
@@ -126,7 +128,10 @@ pub struct Streams {
     stderr: Option<Arc<Output>>,
     terminal: Option<Arc<AsyncFd<OwnedFd>>>,
     pumps: TaskTracker,
+    /// What comes from now on is not sent.
     abandon: CancellationToken,
+    /// Nothing is sent any more.
+    cut: CancellationToken,
 }
 
 impl Streams {
@@ -137,8 +142,14 @@ impl Streams {
             sys::watch(fd, Interest::READABLE | Interest::WRITABLE).map(Arc::new).during(|| "watch a stream")
         };
         let terminal = terminal.map(watch).transpose()?;
-        let mut streams =
-            Self { stdout: None, stderr: None, terminal, pumps: TaskTracker::new(), abandon: CancellationToken::new() };
+        let mut streams = Self {
+            stdout: None,
+            stderr: None,
+            terminal,
+            pumps: TaskTracker::new(),
+            abandon: CancellationToken::new(),
+            cut: CancellationToken::new(),
+        };
         let stdin = ends.stdin.map(watch).transpose()?.or_else(|| streams.terminal.clone());
         let stdout = ends.stdout.map(watch).transpose()?.or_else(|| streams.terminal.clone());
         let stderr = ends.stderr.map(watch).transpose()?;
@@ -155,12 +166,14 @@ impl Streams {
         let pump_output = |name: &'static str, token: Option<Token>, fd: Option<Arc<AsyncFd<OwnedFd>>>| {
             let output = Arc::new(Output { fd: fd?, pending: Mutex::default() });
             let (host, abandon, source) = (host.clone(), streams.abandon.clone(), Arc::clone(&output));
+            let cut = streams.cut.clone();
             streams.pumps.spawn(async move {
-                let ended = match token {
-                    Some(token) => pump_out(&host, token, &source, &abandon).await,
-                    None => Ok(()),
-                };
-                report(name, ended);
+                if let Some(token) = token {
+                    tokio::select! {
+                        ended = pump_out(&host, token, &source, &abandon) => report(name, ended),
+                        () = cut.cancelled() => return,
+                    }
+                }
                 // A process must not block on a stream that nobody takes.
                 tokio::select! {
                     () = discard(&source) => {}
@@ -191,10 +204,14 @@ impl Streams {
         (total(&self.stdout), total(&self.stderr))
     }
 
-    /// Ends every stream: what was settled is still sent, what comes later is not.
+    /// Ends every stream: what was settled is still sent, within a deadline; what comes later is not.
     pub async fn close(&self) {
         self.abandon.cancel();
-        self.pumps.wait().await;
+        if tokio::time::timeout(CLOSED, self.pumps.wait()).await.is_err() {
+            tracing::warn!("the host did not take a stream to its end");
+            self.cut.cancel();
+            self.pumps.wait().await;
+        }
     }
 }
 
@@ -301,8 +318,8 @@ async fn pump_out(host: &Host, token: Token, source: &Output, abandon: &Cancella
     loop {
         let count = tokio::select! {
             biased;
+            () = abandon.cancelled() => source.take(&mut frame[FRAME_HEADER..]).unwrap_or(0),
             read = source.read(&mut frame[FRAME_HEADER..]) => read?,
-            () = abandon.cancelled() => 0,
         };
         if count == 0 {
             break;
