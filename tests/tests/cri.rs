@@ -42,6 +42,7 @@ const ROWS: &[Row] = &[
     Row::in_pod("the default seccomp profile is on, and off when unconfined", seccomp),
     Row::in_pod("a local seccomp profile refuses the call it names", seccomp_local),
     Row::in_pod("no new privileges is set when asked and only then", no_new_privileges),
+    Row::in_pod("a program and an exec start with no signal ignored or blocked", signals),
     Row::in_pod("masked paths are empty and read-only paths refuse writes", masked_paths),
     Row::in_pod("a read-only root refuses writes, a volume on it takes them", read_only_root),
     Row::in_pod("a privileged container may mount", privileged),
@@ -368,6 +369,22 @@ fn no_new_privileges(_: &Context, pod: &Pod) -> Result<()> {
         ensure!(found == expected, "no_new_privs {asked} gives NoNewPrivs: {found}");
     }
     Ok(())
+}
+
+fn signals(_: &Context, pod: &Pod) -> Result<()> {
+    // Shells tell which signals they found ignored, and cannot undo it: `yes | head` would never end.
+    let container = pod.run(ContainerSpec::new(&["sleep", "1000"]))?;
+    let of_program = container.shell("grep -E 'SigIgn|SigBlk' /proc/1/status")?;
+    let of_exec = container.exec(&["grep", "-E", "SigIgn|SigBlk", "/proc/self/status"])?.success()?.text();
+    for (who, said) in [("the program", of_program), ("an exec", of_exec)] {
+        for line in said.lines() {
+            let (name, mask) = line.split_once(':').with_context(|| format!("not a line of status: {line}"))?;
+            // Signals 32 and 33 belong to the C library.
+            let signals = u64::from_str_radix(mask.trim(), 16)? & 0x7fff_ffff;
+            ensure!(signals == 0, "{who} starts with {name} {signals:x}");
+        }
+    }
+    container.remove_by_force()
 }
 
 fn masked_paths(_: &Context, pod: &Pod) -> Result<()> {

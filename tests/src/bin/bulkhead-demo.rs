@@ -87,7 +87,7 @@ impl Demo {
 
         say("Two kernels: the machine's and the pod's.");
         let host_kernel = host(&["uname", "-r"])?.text();
-        let guest = self.crictl(&["exec", "--sync", &web, "uname", "-r"])?.text();
+        let guest = self.crictl(&["exec", &web, "uname", "-r"])?.text();
         println!("  host  {host_kernel}\n  pod   {guest}\n");
         let boot_ids = (
             fs::read_to_string("/proc/sys/kernel/random/boot_id")?,
@@ -106,9 +106,8 @@ impl Demo {
         self.crictl(&["logs", &web])?;
 
         say("A command in the running container, and its exit code.");
-        let exec = self.attempt(&["exec", "--sync", &web, "sh", "-c", "ps; exit 7"])?;
-        let exec_code = exec.stderr.contains("exited with 7");
-        ensure!(exec_code, "the exit code 7 did not arrive: {}", exec.describe());
+        let exec = self.attempt(&["exec", &web, "sh", "-c", "ps; exit 7"])?;
+        ensure!(exec.stderr.contains("exit code 7"), "the exit code 7 did not arrive: {}", exec.describe());
 
         say("What it uses.");
         wait_for("statistics", Duration::from_secs(20), || {
@@ -192,6 +191,8 @@ fn show(run: Run, program: &str, args: &[&str]) -> Result<Output> {
     println!("$ {}", Run::new(program).args(args).line());
     let output = run.output()?;
     for text in [output.text(), output.stderr.trim().to_owned()] {
+        // crictl stats clears the screen before it prints.
+        let text = text.trim_start_matches("\u{1b}[2J\u{1b}[H");
         if !text.is_empty() {
             println!("{text}");
         }
