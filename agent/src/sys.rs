@@ -44,6 +44,16 @@ pub fn kill(pid: i32, number: i32) -> io::Result<()> {
     }
 }
 
+/// Gives SIGPIPE its default action again, which Rust's runtime takes away and an executed program would not get back.
+#[expect(unsafe_code, reason = "signal(2) can install a handler; every wrapper is unsafe for that")]
+pub fn default_sigpipe() -> io::Result<()> {
+    // SAFETY: no handler is installed.
+    match unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) } {
+        libc::SIG_ERR => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
 /// One instruction of classic BPF, as in `linux/filter.h`.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]

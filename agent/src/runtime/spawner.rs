@@ -114,6 +114,10 @@ pub fn serve() -> io::Result<()> {
 
 /// A worker's main.
 fn work(socket: &UnixStream) {
+    if let Err(error) = sys::default_sigpipe() {
+        drop(wire::send_line(socket, &Line::Failed(format!("restore SIGPIPE: {error}")), &[]));
+        return;
+    }
     let (request, fds) = match wire::receive_request(socket) {
         Ok(received) => received,
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return,
