@@ -313,7 +313,6 @@ fn display_word(word: &str) -> String {
 }
 
 /// Lets time pass: between two looks at something that tells nobody when it changes, or because passing time is the test.
-#[expect(clippy::disallowed_methods, reason = "the programs under test offer no event for these")]
 pub fn pause(duration: Duration) {
     thread::sleep(duration);
 }

@@ -3,7 +3,6 @@
 use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
-use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use bulkhead_tests::container::ContainerSpec;
@@ -244,15 +243,5 @@ fn share_has_no_host_paths(context: &Context, pod: &Pod) -> Result<()> {
     let host = context.node.layout.root.display().to_string();
     ensure!(!found.text().contains("neighbour"), "the file's neighbour is in the share: {}", found.text());
     ensure!(!found.text().contains(&host), "a path of the host is seen: {}", found.text());
-    container.remove_by_force()?;
-    // Nothing of the removed container stays in the share.
-    let again = pod.run(mighty(ContainerSpec::idle()))?;
-    let left = again.shell("mkdir -p /mnt/s && mount -t virtiofs share /mnt/s && ls /mnt/s | wc -l")?;
-    let running = pod.crictl(&["ps", "-q", "--pod", &pod.id]).deadline(Duration::from_secs(10)).success()?.text();
-    ensure!(
-        left.parse::<usize>()? <= running.lines().count() + 1,
-        "{left} entries for {} containers",
-        running.lines().count()
-    );
-    again.remove_by_force()
+    container.remove_by_force()
 }

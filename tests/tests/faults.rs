@@ -180,7 +180,7 @@ fn guest_hangs(context: &Context) -> Result<()> {
     wait_not_ready(&pod, SOON)?;
     let log = pod.node.log_since(position, 1000);
     ensure!(
-        log.lines().any(|line| line.contains("level=error") && line.contains("silent")),
+        log.lines().any(|line| line.contains("level=error") && line.contains("no heartbeat")),
         "the log does not tell: {log}"
     );
     pod.remove_by_force()

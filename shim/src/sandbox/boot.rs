@@ -37,7 +37,7 @@ use crate::guest::transport::{Transport, TransportLaunch};
 use crate::host::HostThread;
 use crate::namespace::{self, ShareRoot};
 use crate::network::{self, PodNetwork};
-use crate::process::{Child, Credentials};
+use crate::process::{Child, ChildExit, Credentials};
 use crate::sandbox::CreateTask;
 use crate::sandbox::ledger::Ledger;
 use crate::sizing::{self, Host, Limits, VmSize};
@@ -443,10 +443,11 @@ async fn assemble(
     let vm = match Vm::boot(&host, &vm_config, launch).await {
         Ok(vm) => parts.vm.insert(vm),
         Err(error) => {
-            // QEMU ends when a helper does, and complains of a broken connection: the helper's words are the reason.
-            let ended = helper_ended([Some(started_share.child()), transport.child()]);
-            return Err(match timeout(timeouts::HELPER_EXIT, ended).await {
-                Ok(ended) => Error::unavailable(ended),
+            // QEMU ends when a helper does, and complains of a broken connection: the helper's words are the reason. But
+            // virtiofsd also ends, with 0, when it has no QEMU any more: then what befell QEMU is the reason.
+            let failed = helper_failed([Some(started_share.child()), transport.child()]);
+            return Err(match timeout(timeouts::HELPER_EXIT, failed).await {
+                Ok(failed) => Error::unavailable(failed),
                 Err(_) => error.into(),
             });
         }
@@ -506,6 +507,20 @@ async fn helper_ended(children: [Option<&Child>; 2]) -> String {
     let ends = children.into_iter().flatten().map(|child| {
         async move {
             child.wait().await;
+            child.obituary()
+        }
+        .boxed()
+    });
+    futures::future::select_all(ends).await.0
+}
+
+/// Waits until a helper ends in any other way than by exiting with 0.
+async fn helper_failed(children: [Option<&Child>; 2]) -> String {
+    let ends = children.into_iter().flatten().map(|child| {
+        async move {
+            if child.wait().await == ChildExit::Exited(0) {
+                futures::future::pending::<()>().await;
+            }
             child.obituary()
         }
         .boxed()
