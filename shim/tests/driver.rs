@@ -142,3 +142,17 @@ async fn what_does_not_exist_is_not_found_and_a_taken_id_is_taken() {
     assert_eq!(world.sandbox.task_pid(ContainerId("later".into())).await.expect("answers"), std::process::id());
     world.stop().await;
 }
+
+#[tokio::test]
+async fn a_shim_whose_create_was_lost_ends_when_it_is_asked_for_the_task() {
+    let (sandbox, commands) = bulkhead_shim::sandbox::SandboxHandle::new();
+    let events = bulkhead_shim::events::EventQueue::start(None, "test");
+    let booter = Box::new(|_| panic!("nothing is created"));
+    let driver = bulkhead_shim::sandbox::driver::Driver::new(booter, events.events()).run(commands);
+    let asked = async {
+        let unknown = sandbox.state(World::init("pod")).await.expect_err("is unknown");
+        assert_eq!(unknown.kind(), Kind::NotFound);
+    };
+    timeout(SOON, async { tokio::join!(driver, asked) }).await.expect("ends");
+    events.shutdown(SOON).await;
+}

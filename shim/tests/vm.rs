@@ -80,7 +80,7 @@ async fn a_panic_of_the_guest_is_told_in_its_own_words() {
     let waited = vm.while_alive("wait for the agent", Duration::from_mins(1), std::future::pending::<()>()).await;
     let text = waited.unwrap_err().to_string();
     let expected =
-        "wait for the agent: the guest's kernel panicked: Kernel panic - not syncing: Attempted to kill init!";
+        "wait for the agent: the guest's kernel gave up: Kernel panic - not syncing: Attempted to kill init!";
     assert!(text.starts_with(expected), "{text}");
 }
 

@@ -14,7 +14,7 @@ use crate::vm::clock;
 use crate::vm::config::VmConfig;
 
 /// Bound of TCG's translation cache in MiB; QEMU's own would take up to an eighth of the host.
-const TRANSLATION_CACHE_MIB: u32 = 64;
+const TRANSLATION_CACHE_MIB: u32 = 256;
 
 /// A command line, and the files that it names by number.
 #[derive(Debug, Clone, PartialEq, Eq)]

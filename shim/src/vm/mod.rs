@@ -35,7 +35,7 @@ use crate::vm::config::VmConfig;
 /// How much of the console is kept.
 const CONSOLE_TAIL: usize = 64 << 10;
 /// How it is told that the guest's kernel gave up.
-const PANICKED: &str = "the guest's kernel panicked";
+const PANICKED: &str = "the guest's kernel gave up";
 /// How much of the console goes into an error.
 const CONSOLE_IN_ERROR: usize = 1000;
 

@@ -87,7 +87,7 @@ impl FakeAgent {
                 let mut left: usize = count.parse().expect("a number");
                 let stdout = stdout.as_mut().expect("has stdout");
                 while left > 0 {
-                    let chunk = vec![b'x'; left.min(30_000)];
+                    let chunk = vec![b'x'; left.min(wire::MAX_FRAME)];
                     send(stdout, &chunk).await;
                     left -= chunk.len();
                     written += chunk.len() as u64;

@@ -156,11 +156,17 @@ impl Driver {
             Command::Create(task, reply) => self.create(*task, reply),
             Command::Start(id, reply) => self.start(id, reply),
             Command::Exec(task, reply) => answer(reply, self.exec(*task)),
-            Command::State(id, reply) => answer(reply, self.process_state(&id)),
+            Command::State(id, reply) => {
+                self.end_if_never_created();
+                answer(reply, self.process_state(&id));
+            }
             Command::Wait(id, reply) => answer(reply, self.process(&id).map(Process::subscribe)),
             Command::Kill(id, signal, all, reply) => self.kill(&id, signal, all, reply),
             Command::Delete(id, reply) => self.delete(&id, reply),
-            Command::Pids(id, reply) => answer(reply, self.pids(&id)),
+            Command::Pids(id, reply) => {
+                self.end_if_never_created();
+                answer(reply, self.pids(&id));
+            }
             Command::Pause(id, reply) => self.pause(id, true, reply),
             Command::Resume(id, reply) => self.pause(id, false, reply),
             Command::ResizePty(id, height, width, reply) => self.resize_pty(&id, height, width, reply),
@@ -173,6 +179,15 @@ impl Driver {
                 self.ending = self.containers.is_empty() && self.state != State::Ready && self.state != State::Booting;
                 answer(reply, Ok(self.ending));
             }
+        }
+    }
+
+    /// containerd creates a task before it asks about it, so the one that asks here has lost a Create in a restart. Releases
+    /// before 1.7 would then keep this shim for ever.
+    fn end_if_never_created(&mut self) {
+        if self.state == State::Planned && self.containers.is_empty() {
+            tracing::warn!("containerd asks for a task that it never created: the shim ends");
+            self.ending = true;
         }
     }
 
@@ -192,7 +207,10 @@ impl Driver {
                 }
             }
             GuestEvent::Silent => {
-                self.pod_lost(&format!("the guest hangs: no heartbeat for {:?}", crate::timeouts::HEARTBEAT));
+                self.pod_lost(&format!(
+                    "the guest has fallen silent: no heartbeat for {:?}",
+                    crate::timeouts::HEARTBEAT
+                ));
             }
         }
     }
