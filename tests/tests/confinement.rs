@@ -141,8 +141,11 @@ fn virtiofsd_capabilities(_: &Context, pod: &Pod) -> Result<()> {
             let bits = process.status_field(field)?;
             let bits = u64::from_str_radix(&bits, 16).with_context(|| format!("{field} {bits}"))?;
             for (number, name) in CAPABILITIES.iter().enumerate() {
-                let named = document.contains(&format!("`{name}`"));
-                ensure!(bits & (1 << number) == 0 || named, "{field} has {name}, which ARCHITECTURE.md does not name");
+                let named = document.contains(&format!("`CAP_{name}`"));
+                ensure!(
+                    bits & (1 << number) == 0 || named,
+                    "{field} has CAP_{name}, which ARCHITECTURE.md does not name"
+                );
             }
             ensure!(bits >> CAPABILITIES.len() == 0, "{field} is {bits:x}, more than this test knows");
         }
