@@ -15,7 +15,7 @@ use bulkhead_tests::suite;
 use bulkhead_tests::tools::Version;
 use serde_json::json;
 
-const BULKHEAD: &[Runtime] = &[Runtime::Bulkhead, Runtime::BulkheadSandbox];
+const BULKHEAD: &[Runtime] = &[Runtime::Bulkhead];
 
 const ROWS: &[Row] = &[
     // Life cycle.
@@ -60,7 +60,7 @@ const ROWS: &[Row] = &[
     Row::in_pod("statistics follow the program's CPU and memory", statistics),
     Row::in_pod("limits are those asked for, and update changes them", update),
     Row::in_pod("a program over its memory limit ends as OOMKilled", oom),
-    Row::in_pod("a limit on processes holds", pids_limit).only(&[Runtime::Bulkhead, Runtime::BulkheadSandbox]),
+    Row::in_pod("the container sees a limit on its processes", pids_limit).only(BULKHEAD),
     // Together.
     Row::in_pod("two containers share localhost", localhost),
     Row::in_pod("with a PID namespace each, containers do not see one another", pid_container),
@@ -80,7 +80,7 @@ const ROWS: &[Row] = &[
 ];
 
 fn main() -> ExitCode {
-    suite::run(&[Version::V1_6, Version::V2_4], &[Runtime::Runc, Runtime::Bulkhead, Runtime::BulkheadSandbox], ROWS)
+    suite::run(&[Version::V1_6, Version::V2_4], &[Runtime::Runc, Runtime::Bulkhead], ROWS)
 }
 
 /// Long enough for what takes a moment, also while other pods boot.
