@@ -37,26 +37,34 @@ pub struct Machine {
     tasks: JoinSet<()>,
 }
 
-/// Where the kernel and the helpers are: `BULKHEAD_ASSETS`.
-fn assets() -> Option<PathBuf> {
-    let directory = PathBuf::from(std::env::var_os("BULKHEAD_ASSETS")?);
-    directory.join("vmlinux").exists().then_some(directory)
+/// What a guest is booted from.
+struct Assets {
+    /// `vmlinux` and `initramfs`, from `BULKHEAD_TEST_ASSETS`.
+    guest: PathBuf,
+    /// `virtiofsd` and `vhost-device-vsock`, from `BULKHEAD_CACHE`.
+    tools: PathBuf,
+}
+
+impl Assets {
+    fn find() -> Option<Self> {
+        let guest = PathBuf::from(std::env::var_os("BULKHEAD_TEST_ASSETS")?);
+        let tools = PathBuf::from(std::env::var_os("BULKHEAD_CACHE")?).join("tools/bin");
+        let complete = guest.join("vmlinux").exists() && guest.join("initramfs").exists() && tools.exists();
+        complete.then_some(Self { guest, tools })
+    }
 }
 
 impl Machine {
     /// Boots a guest with `memory_mib`; none, with a printed reason, where that cannot be.
     pub async fn boot(memory_mib: u32) -> Option<Self> {
-        let (Some(assets), Some(agent)) = (assets(), std::env::var_os("BULKHEAD_AGENT")) else {
+        let Some(Assets { guest, tools }) = Assets::find() else {
             println!(
-                "skipped: BULKHEAD_ASSETS (vmlinux, vhost-device-vsock, virtiofsd) and BULKHEAD_AGENT are not set"
+                "skipped: BULKHEAD_TEST_ASSETS (vmlinux, initramfs) and BULKHEAD_CACHE (tools/bin) are not set: run make test"
             );
             return None;
         };
         let directory = tempfile::tempdir().expect("tempdir");
         let path = |name: &str| directory.path().join(name);
-        let recipe = Path::new(env!("CARGO_MANIFEST_DIR")).join("guest/build-initramfs.sh");
-        let packed = Command::new(recipe).arg(&agent).arg(path("initramfs")).status().expect("pack the initramfs");
-        assert!(packed.success());
         std::fs::create_dir(path("share")).expect("mkdir");
 
         let listener = UnixListener::bind(path("vsock_1024")).expect("listen");
@@ -80,7 +88,7 @@ impl Machine {
             "--socket".into(),
             text("vsock.sock"),
         ];
-        children.push(helper(assets.join("vhost-device-vsock"), &vsock, "vsock.log"));
+        children.push(helper(tools.join("vhost-device-vsock"), &vsock, "vsock.log"));
         let share = [
             "--shared-dir".into(),
             text("share"),
@@ -89,7 +97,7 @@ impl Machine {
             "--sandbox=none".into(),
             "--inode-file-handles=never".into(),
         ];
-        children.push(helper(assets.join("virtiofsd"), &share, "virtiofsd.log"));
+        children.push(helper(tools.join("virtiofsd"), &share, "virtiofsd.log"));
         for socket in ["vsock.sock", "fs.sock"] {
             wait_for(&path(socket)).await;
         }
@@ -97,7 +105,7 @@ impl Machine {
             "-M microvm,acpi=off,pit=on,pic=on,rtc=on,memory-backend=ram -accel tcg,tb-size=256 -cpu max -nodefaults -no-user-config",
             "-display none -no-reboot -serial stdio",
             &format!("-m {memory_mib} -object memory-backend-memfd,id=ram,share=on,size={memory_mib}M"),
-            &format!("-kernel {} -initrd {}", assets.join("vmlinux").display(), text("initramfs")),
+            &format!("-kernel {} -initrd {}", guest.join("vmlinux").display(), guest.join("initramfs").display()),
             &format!("-chardev socket,id=v,path={} -device vhost-user-vsock-device,chardev=v", text("vsock.sock")),
             &format!("-chardev socket,id=f,path={} -device vhost-user-fs-device,chardev=f,tag=share", text("fs.sock")),
         ]
@@ -105,7 +113,7 @@ impl Machine {
         .flat_map(|words| words.split(' ').map(str::to_owned).collect::<Vec<_>>())
         .chain(["-netdev".to_owned(), "user,id=n".to_owned()])
         .chain(["-device".to_owned(), "virtio-net-device,netdev=n,mac=02:00:00:00:00:05".to_owned()])
-        .chain(["-append".to_owned(), format!("console=ttyS0 quiet panic=-1 {}", std::env::var("BULKHEAD_APPEND").unwrap_or_default())])
+        .chain(["-append".to_owned(), "console=ttyS0 quiet panic=-1".to_owned()])
         .collect();
         children.push(helper("qemu-system-x86_64".into(), &qemu, "console.log"));
 

@@ -1,6 +1,7 @@
 //! The agent in a real guest: one file of promises, each kept by a container in QEMU.
 //!
-//! Needs a kernel and helpers (`BULKHEAD_ASSETS`) and a static agent (`BULKHEAD_AGENT`); skipped with a reason without.
+//! Needs a guest (`BULKHEAD_TEST_ASSETS`) and helpers (`BULKHEAD_CACHE`), as `make test` sets them; skipped with a reason
+//! without.
 
 mod machine;
 
@@ -575,29 +576,4 @@ async fn a_container_is_confined_as_its_spec_says() {
         assert!(output.contains(expected), "{expected:?} is not in {output}");
     }
     assert!(machine.share("c1/0/file").exists(), "a write to a volume reaches the host");
-}
-
-#[tokio::test]
-#[ignore = "a tool: runs the shell script in BULKHEAD_SCRIPT as an exec and prints what it says"]
-async fn script() {
-    let Some(mut machine) = Machine::boot(256).await else { return };
-    sandbox(&mut machine).await;
-    sleeper(&mut machine, "c1").await;
-    let script = std::env::var("BULKHEAD_SCRIPT").expect("BULKHEAD_SCRIPT");
-    let began = std::time::Instant::now();
-    let (status, output) = run(&mut machine, "c1", "e", process(&["sh", "-c", &format!("exec 2>&1; {script}")])).await;
-    for n in 0..30 {
-        let began = std::time::Instant::now();
-        let (stdout_token, stdout) = machine.stream();
-        let stdio = api::Stdio { stdout_token, ..Default::default() };
-        let exec = format!("t{n}");
-        let started =
-            Exec { id: "c1", exec: &exec, process: process(&["true"]), stdio }.start(&mut machine).await.expect("exec");
-        let start = began.elapsed();
-        machine.exit(|_| ()).await;
-        let exit = began.elapsed();
-        read_all(stdout).await;
-        println!("exec: started after {start:?}, exit {exit:?}, all {:?}, guest {:?}", began.elapsed(), started.stages);
-    }
-    println!("{output}\nexit {status} after {:?}\n{:?}", began.elapsed(), machine.hello);
 }
