@@ -17,7 +17,8 @@ const ROWS: &[Row] = &[
     Row::alone("ctr run -t gives the program a terminal that follows its size", terminal),
     Row::alone("ctr task exec runs beside the program and tells its exit code", exec),
     Row::alone("ctr task kill ends the program with 128 and the signal", kill),
-    Row::alone("events come in the order create, start, exit, delete", events),
+    // runc's own shim ends at times before it has sent its last events.
+    Row::alone("events come in the order create, start, exit, delete", events).only(&[Runtime::Bulkhead]),
     Row::alone("resource limits of the spec reach the program", rlimits),
     Row::alone("tmpfs and bind mounts of ctr are there", mounts),
     Row::alone("a program that does not exist is an error that names it", not_found),
@@ -137,12 +138,10 @@ fn events(context: &Context) -> Result<()> {
     let ctr = context.ctr();
     let listener = ctr.command(&["events"]).start()?;
     let mut ids = Vec::new();
-    // runc's shim can end before it has sent the events of a program that ends at once.
-    let program = if context.runtime == Runtime::Runc { "sleep 0.3" } else { "true" };
     // `ctr events` says nothing when it is ready: run containers until it has seen one whole life.
     for _ in 0..3 {
         let id = ctr.new_id("events");
-        ctr.run(&["--rm"], &id, &["sh", "-c", program]).success()?;
+        ctr.run(&["--rm"], &id, &["true"]).success()?;
         ids.push(id);
     }
     let last = ids.last().context("no container ran")?;
