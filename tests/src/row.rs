@@ -10,6 +10,7 @@ use crate::config::SANDBOXER_HANDLER;
 use crate::containerd::Node;
 use crate::ctr::Ctr;
 use crate::pod::{self, Pod, PodSpec};
+use crate::tools::Version;
 
 /// What runs the pods.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -101,17 +102,25 @@ pub struct Row {
     pub test: Test,
     /// The only runtimes it holds for; empty: all of the suite.
     pub only: &'static [Runtime],
+    /// The only releases of containerd it holds for; empty: all of the suite.
+    pub releases: &'static [Version],
 }
 
 impl Row {
     /// A row that makes its own pods.
     pub const fn alone(name: &'static str, test: fn(&Context) -> Result<()>) -> Self {
-        Self { name, test: Test::Alone(test), only: &[] }
+        Self { name, test: Test::Alone(test), only: &[], releases: &[] }
     }
 
     /// A row whose containers may live in a pod with others.
     pub const fn in_pod(name: &'static str, test: fn(&Context, &Pod) -> Result<()>) -> Self {
-        Self { name, test: Test::InPod(test), only: &[] }
+        Self { name, test: Test::InPod(test), only: &[], releases: &[] }
+    }
+
+    /// Restricts the row to some releases of containerd.
+    #[must_use]
+    pub const fn releases(self, releases: &'static [Version]) -> Self {
+        Self { releases, ..self }
     }
 
     /// Restricts the row to some runtimes.

@@ -30,7 +30,11 @@ pub fn run(versions: &[Version], runtimes: &[Runtime], rows: &'static [Row]) -> 
             if runtime == Runtime::BulkheadSandbox && !version.is_v2() {
                 continue;
             }
-            for row in rows.iter().filter(|row| row.only.is_empty() || row.only.contains(&runtime)) {
+            let holds = |row: &&Row| {
+                (row.only.is_empty() || row.only.contains(&runtime))
+                    && (row.releases.is_empty() || row.releases.contains(&version))
+            };
+            for row in rows.iter().filter(holds) {
                 let stage = Arc::clone(&stage);
                 let name = format!("{version} {}: {}", runtime.name(), row.name);
                 trials.push(trial(name, move || on(&stage, |stage| stage.run_row(version, runtime, row))));

@@ -37,6 +37,8 @@ const ROWS: &[Row] = &[
         "containerd killed while pods start leaves nothing after they are removed",
         containerd_killed_during_start,
     )
+    // 1.6 forgets the task of such a pod, and its shim stays: docs/PROGRESS.md.
+    .releases(&[Version::V2_4])
     .only(BULKHEAD),
 ];
 
