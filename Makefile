@@ -14,8 +14,8 @@ help: ## this list
 setup: ## install what building and testing takes (Debian 12+ or Ubuntu, as root)
 	tools/setup.sh
 
-build: ## the shim and the guest's agent, optimised
-	cargo build --locked --release -p bulkhead-shim
+build: ## the shim, its vsock helper and the guest's agent, optimised
+	cargo build --locked --release -p bulkhead-shim -p bulkhead-vsock
 	tools/build-agent.sh
 
 guest: build ## the guest's kernel (cached) and initramfs

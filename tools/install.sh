@@ -4,7 +4,7 @@
 # Usage: install.sh ROOT
 #
 #   bin/                       containerd-shim-bulkhead-v2; containerd must have this in its PATH
-#   libexec/bulkhead/          virtiofsd and vhost-device-vsock
+#   libexec/bulkhead/          virtiofsd and bulkhead-vsock
 #   share/bulkhead/VERSION/    vmlinux and initramfs; links without a version beside it name the current ones
 #   share/bulkhead/runtimeclass/  manifests and containerd snippets
 #
@@ -30,7 +30,7 @@ for source in shim/src/bin/*.rs; do
     place "$target/release/$program" "bin/$program" 755
 done
 place "$tools/virtiofsd/bin/virtiofsd" libexec/bulkhead/virtiofsd 755
-place "$tools/vhost-device-vsock/bin/vhost-device-vsock" libexec/bulkhead/vhost-device-vsock 755
+place "$target/release/bulkhead-vsock" libexec/bulkhead/bulkhead-vsock 755
 for asset in vmlinux initramfs; do
     place "$target/guest/$asset" "share/bulkhead/$version/$asset" 644
     ln -s "$version/$asset" "$root/share/bulkhead/$asset.new.$$"

@@ -2,7 +2,7 @@
 # Installs what Bulkhead is built and tested with on Debian 12 or newer and Ubuntu, as root; `make setup` calls it.
 #
 # Distribution packages through apt (no daemon is started), Rust as rust-toolchain.toml pins it, a new enough Go,
-# virtiofsd and vhost-device-vsock from crates.io, crictl and two containerds from the Go modules under tests/tools.
+# virtiofsd from crates.io, crictl and two containerds from the Go modules under tests/tools.
 # What is built lands under $BULKHEAD_CACHE/tools/NAME-VERSION, with a link NAME beside it
 # and the programs themselves linked into tools/bin; a second run takes seconds.
 set -euo pipefail
@@ -12,7 +12,6 @@ cache=${BULKHEAD_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/bulkhead}
 tools=$cache/tools
 
 virtiofsd_version=1.14.0
-vsock_version=0.3.0
 # Brought along where no Go, or one too old to fetch its own toolchain, is installed.
 go_version=1.26.8
 kernel_minimum=6.12
@@ -25,7 +24,7 @@ packages=(
 
 say() { printf 'setup: %s\n' "$*"; }
 die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
-steps=9
+steps=8
 step=0
 next() { step=$((step + 1)); say "[$step/$steps, ${SECONDS}s] $*"; }
 
@@ -207,7 +206,6 @@ flock --nonblock "$lock" || { say "another run is at work, waiting"; flock "$loc
 setup_packages
 setup_rust
 setup_crate virtiofsd "$virtiofsd_version"
-setup_crate vhost-device-vsock "$vsock_version"
 setup_go
 setup_go_module cri-tools cri-tools sigs.k8s.io/cri-tools cmd/crictl cmd/critest
 setup_go_module containerd-1.7 containerd github.com/containerd/containerd \

@@ -15,11 +15,11 @@ use hyper::server::conn::http2;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::sync::Notify;
+use tokio_vsock::VsockStream;
 use tonic::{Request, Response, Status};
 
 use crate::clock;
 use crate::error::{During, Error, Result};
-use crate::link::HostStream;
 use crate::pod::Pod;
 
 /// First and longest pause between two attempts to reach the host.
@@ -70,7 +70,7 @@ impl Session {
         }
     }
 
-    async fn reach_host(&self) -> Result<HostStream> {
+    async fn reach_host(&self) -> Result<VsockStream> {
         let mut pause = REDIAL.0;
         let mut waited = Duration::ZERO;
         loop {

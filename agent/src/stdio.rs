@@ -23,7 +23,7 @@ use crate::error::{During, Error, Result};
 use crate::link::Host;
 use crate::sys;
 
-/// Capacity of the pipes that a process writes to.
+/// Capacity of a process's pipes.
 const PIPE_BYTES: usize = 256 * 1024;
 /// What [`Output::settle`] takes at most: a pipe's capacity, however fast a background child writes on.
 const SETTLED_AT_MOST: usize = 1024 * 1024;
@@ -103,6 +103,7 @@ pub fn open(plan: &Plan, uid: u32, gid: u32) -> Result<(Child, Ends)> {
     };
     if plan.stdin.is_some() {
         let (read, write) = pipe()?;
+        rustix::pipe::fcntl_setpipe_size(&write, PIPE_BYTES).during(|| "size a pipe")?;
         child.push(read);
         ends.stdin = Some(write);
     } else {

@@ -1,8 +1,7 @@
 //! The first bytes of every connection between guest and host.
 //!
-//! The guest dials; the host never does (a host connection that arrives while the guest still boots can wedge
-//! `vhost-device-vsock`, and a dial from the guest is at the same time the sign that it is up). A connection opens with a
-//! [`Preamble`] of [`Preamble::LEN`] bytes from the guest, without an answer:
+//! The guest dials; the host never does: a dial from the guest is at the same time the sign that it is up, and a device that
+//! takes no requests of the host's has less that can go wrong while the guest boots. A connection opens with a [`Preamble`] of [`Preamble::LEN`] bytes from the guest, without an answer:
 //!
 //! ```text
 //! 0      4       5      6      8                24
@@ -20,9 +19,9 @@
 //! the receiver then closes the connection, and the sender waits for that, with a deadline, before it closes. Nobody calls
 //! `shutdown(2)`. A connection that ends without the end frame has lost bytes.
 //!
-//! Why not plain bytes and a half-close: `vhost-device-vsock` 0.3 does not pass a half-close of the guest's on to the host,
-//! passes one of the host's on as the end of both directions, and drops what it still buffers when the guest closes first
-//! and the host's reader is slow. Framed, a stream is whole whatever lies between.
+//! Why not plain bytes and a half-close: not every vsock device passes a half-close on (`vhost-device-vsock` 0.3 does not), a
+//! connection that breaks must not look like one that ended, and Linux drops what a socket still holds when its peer closes
+//! first. Framed, a stream is whole whatever lies between.
 
 /// What follows a [`Preamble`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,10 +102,8 @@ impl Preamble {
 
 /// Longest payload of a frame.
 ///
-/// A frame goes out in one write, and Linux makes one packet of a write: of more than about 32 000 bytes, one with several
-/// buffers, which `vhost-device-vsock` 0.3 does not understand ("DescriptorLengthTooSmall"); the device is stuck from then on.
-/// Nothing in the guest may write more than this and a header to a vsock socket at once.
-pub const MAX_FRAME: usize = 28 * 1024;
+/// A frame goes out in one write, with its header less than the 64 KiB that Linux makes one vsock packet of.
+pub const MAX_FRAME: usize = 60 * 1024;
 
 /// Length of a frame's header in bytes.
 pub const FRAME_HEADER: usize = 4;

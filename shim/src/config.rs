@@ -48,8 +48,8 @@ pub struct Config {
     pub initramfs: Option<PathBuf>,
     /// virtiofsd, the Rust one. `None`: looked for.
     pub virtiofsd: Option<PathBuf>,
-    /// vhost-device-vsock, used where the kernel has no vhost-vsock. `None`: looked for.
-    pub vhost_device_vsock: Option<PathBuf>,
+    /// bulkhead-vsock, used where the kernel has no vhost-vsock. `None`: looked for.
+    pub vsock_helper: Option<PathBuf>,
     /// vCPUs of a VM whose pod has no CPU limit.
     pub vcpus: u32,
     /// Memory in MiB of a VM whose pod has no memory limit.
@@ -124,7 +124,7 @@ impl Default for Config {
             kernel: None,
             initramfs: None,
             virtiofsd: None,
-            vhost_device_vsock: None,
+            vsock_helper: None,
             vcpus: 1,
             memory_mib: DEFAULT_MEMORY_MIB,
             machine: Machine::default(),
@@ -192,7 +192,7 @@ impl Config {
             ("kernel", self.kernel.as_ref()),
             ("initramfs", self.initramfs.as_ref()),
             ("virtiofsd", self.virtiofsd.as_ref()),
-            ("vhost_device_vsock", self.vhost_device_vsock.as_ref()),
+            ("vsock_helper", self.vsock_helper.as_ref()),
             ("qemu.path", self.qemu.path.as_ref()),
         ];
         for (key, path) in paths {
@@ -294,8 +294,8 @@ pub enum Asset {
     Qemu,
     /// virtiofsd.
     Virtiofsd,
-    /// vhost-device-vsock.
-    VhostDeviceVsock,
+    /// bulkhead-vsock.
+    VsockHelper,
 }
 
 impl Asset {
@@ -306,7 +306,7 @@ impl Asset {
             Self::Initramfs => "initramfs",
             Self::Qemu => "qemu.path",
             Self::Virtiofsd => "virtiofsd",
-            Self::VhostDeviceVsock => "vhost_device_vsock",
+            Self::VsockHelper => "vsock_helper",
         }
     }
 
@@ -316,7 +316,7 @@ impl Asset {
             Self::Initramfs => "guest initramfs",
             Self::Qemu => "QEMU",
             Self::Virtiofsd => "virtiofsd",
-            Self::VhostDeviceVsock => "vhost-device-vsock",
+            Self::VsockHelper => "bulkhead-vsock",
         }
     }
 
@@ -326,7 +326,7 @@ impl Asset {
             Self::Initramfs => config.initramfs.as_ref(),
             Self::Qemu => config.qemu.path.as_ref(),
             Self::Virtiofsd => config.virtiofsd.as_ref(),
-            Self::VhostDeviceVsock => config.vhost_device_vsock.as_ref(),
+            Self::VsockHelper => config.vsock_helper.as_ref(),
         }
     }
 
@@ -338,7 +338,7 @@ impl Asset {
             Self::Kernel | Self::Initramfs => None,
             Self::Qemu => Some(("qemu-system-x86_64", &["/usr/bin/qemu-system-x86_64", "/usr/libexec/qemu-kvm"])),
             Self::Virtiofsd => Some(("virtiofsd", &["/usr/libexec/virtiofsd", "/usr/lib/virtiofsd"])),
-            Self::VhostDeviceVsock => Some(("vhost-device-vsock", &["/usr/bin/vhost-device-vsock"])),
+            Self::VsockHelper => Some(("bulkhead-vsock", &["/usr/bin/bulkhead-vsock"])),
         }
     }
 
@@ -464,7 +464,7 @@ mod tests {
             kernel = "/k"
             initramfs = "/i"
             virtiofsd = "/v"
-            vhost_device_vsock = "/s"
+            vsock_helper = "/s"
             vcpus = 3
             memory_mib = 512
             machine = "q35"
@@ -479,7 +479,7 @@ mod tests {
             kernel: Some("/k".into()),
             initramfs: Some("/i".into()),
             virtiofsd: Some("/v".into()),
-            vhost_device_vsock: Some("/s".into()),
+            vsock_helper: Some("/s".into()),
             vcpus: 3,
             memory_mib: 512,
             machine: Machine::Q35,
@@ -603,10 +603,10 @@ mod tests {
 
         std::fs::write(prefix.join("share/bulkhead/vmlinux"), "x").expect("writes");
         assert_eq!(find(Asset::Kernel).expect("found"), prefix.join("share/bulkhead/vmlinux"));
-        let on_path = program("path/vhost-device-vsock");
-        assert_eq!(find(Asset::VhostDeviceVsock).expect("found"), on_path);
-        let beside = program("libexec/bulkhead/vhost-device-vsock");
-        assert_eq!(find(Asset::VhostDeviceVsock).expect("found"), beside);
+        let on_path = program("path/bulkhead-vsock");
+        assert_eq!(find(Asset::VsockHelper).expect("found"), on_path);
+        let beside = program("libexec/bulkhead/bulkhead-vsock");
+        assert_eq!(find(Asset::VsockHelper).expect("found"), beside);
     }
 
     #[test]

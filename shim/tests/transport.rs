@@ -180,7 +180,7 @@ async fn a_killed_helper_is_noticed_and_ends_the_connections() {
         while stream.read(&mut [0; 64]).await.is_ok_and(|read| read > 0) {}
     });
     ended.await.unwrap();
-    assert_eq!(helper.obituary(), "vhost-device-vsock was ended by signal 9 (SIGKILL)");
+    assert_eq!(helper.obituary(), "bulkhead-vsock was ended by signal 9 (SIGKILL)");
     guest.close().await;
 }
 
@@ -191,10 +191,9 @@ async fn a_helper_that_does_not_start_says_why() {
         println!("skipped: this machine's kernel has vhost-vsock, so there is no helper");
         return;
     }
-    for (program, expected) in [
-        ("/nonexistent/helper", "No such file or directory"),
-        ("/bin/false", "vhost-device-vsock exited with status 1"),
-    ] {
+    for (program, expected) in
+        [("/nonexistent/helper", "No such file or directory"), ("/bin/false", "bulkhead-vsock exited with status 1")]
+    {
         let directory = tempfile::tempdir().unwrap();
         let launch = TransportLaunch {
             program: move || Ok(program.into()),

@@ -102,7 +102,7 @@ pub struct Bulkhead {
     /// Path of virtiofsd.
     pub virtiofsd: Option<String>,
     /// Path of the vsock helper.
-    pub vhost_device_vsock: Option<String>,
+    pub vsock_helper: Option<String>,
     /// A line put at the top as it is.
     pub extra: String,
     /// Annotations that pods may use; all unless given.
@@ -117,7 +117,7 @@ impl Bulkhead {
         let or = |given: &Option<String>, name: &str| given.clone().unwrap_or_else(|| program(name));
         format!(
             "{extra}\nallowed_annotations = {annotations:?}\nstate_dir = \"{state}\"\nkernel = \"{kernel}\"\ninitramfs = \"{initramfs}\"\n\
-             virtiofsd = \"{virtiofsd}\"\nvhost_device_vsock = \"{vsock}\"\n\n\
+             virtiofsd = \"{virtiofsd}\"\nvsock_helper = \"{vsock}\"\n\n\
              [qemu]\npath = \"{qemu}\"\naccel = \"{accel}\"\n",
             extra = self.extra,
             annotations = self.allowed_annotations.as_deref().unwrap_or(&all),
@@ -125,7 +125,7 @@ impl Bulkhead {
             kernel = or(&self.kernel, "vmlinux"),
             initramfs = or(&self.initramfs, "initramfs"),
             virtiofsd = or(&self.virtiofsd, "virtiofsd"),
-            vsock = or(&self.vhost_device_vsock, "vhost-device-vsock"),
+            vsock = or(&self.vsock_helper, "bulkhead-vsock"),
             qemu = or(&self.qemu, "qemu-system-x86_64"),
             accel = self.accel.as_deref().unwrap_or("auto"),
         )

@@ -98,7 +98,7 @@ impl Node {
                 ("initramfs", &bulkhead.initramfs),
                 ("qemu-system-x86_64", &bulkhead.qemu),
                 ("virtiofsd", &bulkhead.virtiofsd),
-                ("vhost-device-vsock", &bulkhead.vhost_device_vsock),
+                ("bulkhead-vsock", &bulkhead.vsock_helper),
             ];
             for (link, target) in programs {
                 let path = layout.program(link);

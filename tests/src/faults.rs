@@ -32,7 +32,7 @@ impl Part {
             Self::Qemu => "qemu-system-x86",
             Self::Virtiofsd => "virtiofsd",
             // The kernel cuts names at 15 bytes.
-            Self::VsockHelper => "vhost-device-vs",
+            Self::VsockHelper => "bulkhead-vsock",
         }
     }
 }

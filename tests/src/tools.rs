@@ -92,7 +92,7 @@ pub struct BulkheadTools {
     /// virtiofsd.
     pub virtiofsd: PathBuf,
     /// The vsock helper for hosts without vhost-vsock.
-    pub vhost_device_vsock: PathBuf,
+    pub vsock_helper: PathBuf,
 }
 
 impl BulkheadTools {
@@ -116,8 +116,8 @@ impl BulkheadTools {
             qemu: find("BULKHEAD_QEMU", [PathBuf::from("/usr/bin/qemu-system-x86_64")])
                 .context("QEMU: run make setup")?,
             virtiofsd: find("BULKHEAD_VIRTIOFSD", helper("virtiofsd")).context("virtiofsd: run make setup")?,
-            vhost_device_vsock: find("BULKHEAD_VHOST_DEVICE_VSOCK", helper("vhost-device-vsock"))
-                .context("vhost-device-vsock: run make setup")?,
+            vsock_helper: find("BULKHEAD_VSOCK", built.iter().map(|d| d.join("bulkhead-vsock")))
+                .context("the vsock helper: run make build")?,
         })
     }
 }

@@ -140,11 +140,11 @@ fn vsock_helper_refused(context: &Context, path: &str, needle: &str) -> Result<(
         print!("(skipped: this machine has vhost-vsock) ");
         return Ok(());
     }
-    refused(context, &Bulkhead { vhost_device_vsock: Some(path.into()), ..Bulkhead::default() }, &[needle])
+    refused(context, &Bulkhead { vsock_helper: Some(path.into()), ..Bulkhead::default() }, &[needle])
 }
 
 fn missing_vsock_helper(context: &Context) -> Result<()> {
-    vsock_helper_refused(context, "/nowhere/vhost-device-vsock", "/nowhere/vhost-device-vsock")
+    vsock_helper_refused(context, "/nowhere/bulkhead-vsock", "/nowhere/bulkhead-vsock")
 }
 
 fn broken_vsock_helper(context: &Context) -> Result<()> {

@@ -98,7 +98,7 @@ fn virtiofsd_killed(context: &Context) -> Result<()> {
 }
 
 fn vsock_helper_killed(context: &Context) -> Result<()> {
-    helper_killed(context, Part::VsockHelper, "vhost-device-vsock")
+    helper_killed(context, Part::VsockHelper, "bulkhead-vsock")
 }
 
 /// A pod without one of its helpers cannot go on: it must end by itself and say why.

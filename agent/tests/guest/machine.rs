@@ -41,7 +41,7 @@ pub struct Machine {
 struct Assets {
     /// `vmlinux` and `initramfs`, from `BULKHEAD_TEST_ASSETS`.
     guest: PathBuf,
-    /// `virtiofsd` and `vhost-device-vsock`, from `BULKHEAD_CACHE`.
+    /// `virtiofsd`, from `BULKHEAD_CACHE`.
     tools: PathBuf,
 }
 
@@ -81,14 +81,12 @@ impl Machine {
         };
         let text = |name: &str| path(name).display().to_string();
         let vsock = [
-            "--guest-cid".into(),
-            "3".into(),
-            "--uds-path".into(),
-            text("vsock"),
-            "--socket".into(),
-            text("vsock.sock"),
+            "--guest-cid=3".into(),
+            format!("--uds-path={}", text("vsock")),
+            format!("--socket={}", text("vsock.sock")),
         ];
-        children.push(helper(tools.join("vhost-device-vsock"), &vsock, "vsock.log"));
+        // `make` puts both below one directory.
+        children.push(helper(guest.join("../release/bulkhead-vsock"), &vsock, "vsock.log"));
         let share = [
             "--shared-dir".into(),
             text("share"),
@@ -102,7 +100,7 @@ impl Machine {
             wait_for(&path(socket)).await;
         }
         let qemu: Vec<String> = [
-            "-M microvm,acpi=off,pit=on,pic=on,rtc=on,memory-backend=ram -accel tcg,tb-size=256 -cpu max -nodefaults -no-user-config",
+            "-M microvm,acpi=off,pit=on,pic=on,rtc=on,memory-backend=ram -accel tcg,tb-size=256 -cpu max,-erms,-fsrm -nodefaults -no-user-config",
             "-display none -no-reboot -serial stdio",
             &format!("-m {memory_mib} -object memory-backend-memfd,id=ram,share=on,size={memory_mib}M"),
             &format!("-kernel {} -initrd {}", guest.join("vmlinux").display(), guest.join("initramfs").display()),

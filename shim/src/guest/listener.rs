@@ -28,7 +28,7 @@ const MAX_UNSORTED: usize = 128;
 /// Where the guest's connections arrive.
 #[derive(Debug)]
 pub enum Acceptor {
-    /// The socket that vhost-device-vsock connects to.
+    /// The socket that bulkhead-vsock connects to.
     Unix(UnixListener),
     /// A port of the host's AF_VSOCK.
     Vsock {
@@ -42,7 +42,7 @@ pub enum Acceptor {
 /// A connection that the guest dialled, past its preamble.
 #[derive(Debug)]
 pub enum GuestStream {
-    /// By way of vhost-device-vsock.
+    /// By way of bulkhead-vsock.
     Unix(UnixStream),
     /// By way of the kernel.
     Vsock(VsockStream),

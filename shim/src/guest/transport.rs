@@ -1,10 +1,10 @@
 //! The way between guest and host: vsock, by the kernel or by a helper process.
 //!
 //! Where `/dev/vhost-vsock` opens, the kernel carries the bytes: QEMU gets the file, and the shim listens on a port of its own
-//! in AF_VSOCK. Elsewhere `vhost-device-vsock` does, one for each pod, confined like QEMU: it passes each connection of
+//! in AF_VSOCK. Elsewhere `bulkhead-vsock` does, one for each pod, confined like QEMU: it passes each connection of
 //! the guest on to the Unix socket `<uds>_<port>`, where the shim listens. The guest sees AF_VSOCK in both.
 //!
-//! <https://github.com/rust-vmm/vhost-device/tree/main/vhost-device-vsock>, vsock(7)
+//! vsock(7); the helper is the crate `bulkhead-vsock`
 
 use std::fs::{self, OpenOptions};
 use std::io;
@@ -113,7 +113,7 @@ impl Transport {
             prepared.await.map_err(|error| Error::internal(format!("prepare the vsock helper: {error}")))??;
         let listener = UnixListener::from_std(place.listener).or_kind(Kind::Internal, "listen for the guest")?;
 
-        let mut config = ChildConfig::new("vhost-device-vsock", program, credentials);
+        let mut config = ChildConfig::new("bulkhead-vsock", program, credentials);
         config.args = [
             format!("--guest-cid={HELPER_CID}"),
             format!("--socket={QEMU_SOCKET}"),
@@ -138,7 +138,7 @@ impl Transport {
             Ok(connected) => connected?,
             Err(_) => {
                 return Err(Error::deadline(format!(
-                    "vhost-device-vsock does not listen after {:?}",
+                    "bulkhead-vsock does not listen after {:?}",
                     timeouts::HELPER_READY
                 )));
             }

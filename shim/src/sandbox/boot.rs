@@ -406,7 +406,7 @@ async fn assemble(
     let transport = TransportLaunch {
         program: {
             let (config, exe) = (plan.config.clone(), identity.exe.clone());
-            move || config.find(Asset::VhostDeviceVsock, &exe)
+            move || config.find(Asset::VsockHelper, &exe)
         },
         directory: identity.directory.clone(),
         credentials: Credentials::unprivileged(plan.uid, plan.uid),

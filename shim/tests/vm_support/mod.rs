@@ -1,6 +1,6 @@
 //! Real QEMU with a guest of a hundred lines, for tests of everything below the agent.
 //!
-//! `BULKHEAD_TEST_ASSETS` names a directory with `vmlinux`; without it these tests say so and pass. vhost-device-vsock is taken
+//! `BULKHEAD_TEST_ASSETS` names a directory with `vmlinux`; without it these tests say so and pass. bulkhead-vsock is taken
 //! from there too, else from the tools of `BULKHEAD_CACHE`.
 
 #![allow(dead_code, reason = "each test uses a part of it")]
@@ -53,12 +53,10 @@ impl Bench {
         fs::set_permissions(&initramfs, fs::Permissions::from_mode(0o644)).expect("sets the mode");
         // The helper runs as a user of its own, who must be able to reach it.
         fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o711)).expect("sets the mode");
-        let cache = std::env::var_os("BULKHEAD_CACHE").map(|cache| PathBuf::from(cache).join("tools/bin"));
-        let places = [Some(assets.clone()), cache];
-        let helper =
-            places.into_iter().flatten().map(|place| place.join("vhost-device-vsock")).find(|path| path.exists());
-        if let Some(helper) = helper {
-            fs::copy(helper, directory.path().join("vhost-device-vsock")).expect("copies");
+        // `make` puts both below one directory.
+        let helper = assets.join("../release/bulkhead-vsock");
+        if helper.exists() {
+            fs::copy(helper, directory.path().join("bulkhead-vsock")).expect("copies");
         }
         let host = HostThread::start(|| Ok(())).expect("host thread");
         let accel = accel::detect(config::Accel::Auto).expect("auto never fails").accel;
@@ -80,12 +78,12 @@ impl Bench {
         }
     }
 
-    /// vhost-device-vsock. Says so if it is missed.
+    /// bulkhead-vsock. Says so if it is missed.
     pub fn helper(&self) -> Option<PathBuf> {
-        let helper = self.directory.path().join("vhost-device-vsock");
+        let helper = self.directory.path().join("bulkhead-vsock");
         let usable = helper.exists() || Path::new("/dev/vhost-vsock").exists();
         if !usable {
-            println!("skipped: neither a vhost-device-vsock nor the kernel's vhost-vsock is there");
+            println!("skipped: neither a built bulkhead-vsock nor the kernel's vhost-vsock is there");
         }
         usable.then_some(helper)
     }
