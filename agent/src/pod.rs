@@ -93,6 +93,8 @@ pub struct Pod {
 struct Slot {
     created: Job<Created>,
     started: Option<Job<api::StartProcessResponse>>,
+    /// Starts of execs, until those are deleted.
+    execs: HashMap<String, Job<api::StartProcessResponse>>,
 }
 
 #[derive(Clone)]
@@ -146,7 +148,7 @@ impl Pod {
                 None => {
                     let pod = Arc::clone(self);
                     let created = self.job(async move { pod.make_container(request).await });
-                    slots.insert(id.clone(), Slot { created: created.clone(), started: None });
+                    slots.insert(id.clone(), Slot { created: created.clone(), started: None, execs: HashMap::new() });
                     created
                 }
             }
@@ -213,15 +215,23 @@ impl Pod {
     ) -> Result<api::StartProcessResponse> {
         let container = self.container(container_id).await?;
         if !exec_id.is_empty() {
-            let (services, exec_id) = (Arc::clone(&self.services), exec_id.to_owned());
-            return self.job(async move { container.start_exec(&services, &exec_id).await }).await;
+            // One that was never registered must not take the id.
+            container.process(exec_id)?;
         }
         let job = {
             let mut slots = self.slots();
             let slot = slots
                 .get_mut(container_id)
                 .ok_or_else(|| Error::not_found(format!("container {container_id} does not exist")))?;
-            slot.started.get_or_insert_with(|| self.job(async move { container.start().await })).clone()
+            if exec_id.is_empty() {
+                slot.started.get_or_insert_with(|| self.job(async move { container.start().await })).clone()
+            } else {
+                let start = || {
+                    let (services, exec_id) = (Arc::clone(&self.services), exec_id.to_owned());
+                    self.job(async move { container.start_exec(&services, &exec_id).await })
+                };
+                slot.execs.entry(exec_id.to_owned()).or_insert_with(start).clone()
+            }
         };
         job.await
     }
@@ -245,7 +255,11 @@ impl Pod {
         let (pod, exec_id) = (Arc::clone(self), exec_id.to_owned());
         self.job(async move {
             if !exec_id.is_empty() {
-                return container.delete_exec(&exec_id).await;
+                container.delete_exec(&exec_id).await?;
+                if let Some(slot) = pod.slots().get_mut(&container.id) {
+                    slot.execs.remove(&exec_id);
+                }
+                return Ok(());
             }
             container.delete().await?;
             pod.slots().remove(&container.id);

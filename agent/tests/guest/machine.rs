@@ -32,9 +32,21 @@ pub struct Machine {
     pub directory: tempfile::TempDir,
     pub hello: api::HelloResponse,
     streams: Streams,
+    /// Control connections that the guest has dialled since, with the secret that each brought.
+    controls: mpsc::Receiver<(UnixStream, Token)>,
+    following: tokio::task::JoinHandle<()>,
     next_token: AtomicU64,
     children: Vec<Child>,
     tasks: JoinSet<()>,
+}
+
+/// What the host tells the guest in `Hello`, to be recognised by.
+const SECRET: Token = [9; 16];
+
+/// A disk that is there from the start.
+pub struct Disk<'a> {
+    pub serial: &'a str,
+    pub image: &'a Path,
 }
 
 /// What a guest is booted from.
@@ -57,6 +69,11 @@ impl Assets {
 impl Machine {
     /// Boots a guest with `memory_mib`; none, with a printed reason, where that cannot be.
     pub async fn boot(memory_mib: u32) -> Option<Self> {
+        Self::boot_with_disks(memory_mib, &[]).await
+    }
+
+    /// Boots a guest with `disks`.
+    pub async fn boot_with_disks(memory_mib: u32, disks: &[Disk<'_>]) -> Option<Self> {
         let Some(Assets { guest, tools }) = Assets::find() else {
             println!(
                 "skipped: BULKHEAD_TEST_ASSETS (vmlinux, initramfs) and BULKHEAD_CACHE (tools/bin) are not set: run make test"
@@ -112,6 +129,12 @@ impl Machine {
         .chain(["-netdev".to_owned(), "user,id=n".to_owned()])
         .chain(["-device".to_owned(), "virtio-net-device,netdev=n,mac=02:00:00:00:00:05".to_owned()])
         .chain(["-append".to_owned(), "console=ttyS0 quiet panic=-1".to_owned()])
+        .chain(["-device".to_owned(), "virtio-scsi-device,id=scsi".to_owned()])
+        .chain(disks.iter().enumerate().flat_map(|(n, Disk { serial, image })| {
+            let node = format!("driver=raw,node-name=disk{n},file.driver=file,file.filename={}", image.display());
+            let device = format!("scsi-hd,bus=scsi.0,drive=disk{n},lun={n},serial={serial}");
+            ["-blockdev".to_owned(), node, "-device".to_owned(), device]
+        }))
         .collect();
         children.push(helper("qemu-system-x86_64".into(), &qemu, "console.log"));
 
@@ -119,25 +142,23 @@ impl Machine {
         let mut tasks = JoinSet::new();
         let (control_sender, mut controls) = mpsc::channel(1);
         tasks.spawn(accept(listener, Arc::clone(&streams), control_sender));
-        let Ok(Some(control)) = tokio::time::timeout(DEADLINE, controls.recv()).await else {
+        let Ok(Some((control, _))) = tokio::time::timeout(DEADLINE, controls.recv()).await else {
             panic!("no guest: {}", std::fs::read_to_string(path("console.log")).unwrap_or_default());
         };
-        let mut client = client(control).await;
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("clock").as_nanos() as u64;
-        let request = api::HelloRequest { api_version: 1, session_secret: vec![9; 16], host_time_unix_ns: now };
-        let hello = client.hello(request).await.expect("hello").into_inner();
-
-        let mut stream = client.events(api::EventsRequest { after_seq: 0 }).await.expect("events").into_inner();
-        let (event_sender, events) = mpsc::unbounded_channel();
-        tasks.spawn(async move {
-            while let Ok(Some(event)) = stream.message().await {
-                if event_sender.send(event).is_err() {
-                    return;
-                }
-            }
-        });
+        let (client, hello, events, following) = greet(control, 0).await;
         let next_token = AtomicU64::new(1);
-        Some(Self { client, events, directory, hello, streams, next_token, children, tasks })
+        Some(Self { client, events, directory, hello, streams, controls, following, next_token, children, tasks })
+    }
+
+    /// Breaks the control connection, with every call on it, and takes the next one; events go on after `seen`.
+    pub async fn reconnect(&mut self, seen: u64) {
+        self.following.abort();
+        // The old channel ends with its last clone.
+        self.client = AgentClient::new(Endpoint::from_static("http://nobody").connect_lazy());
+        let dialled = tokio::time::timeout(DEADLINE, self.controls.recv()).await.expect("in time");
+        let (control, secret) = dialled.expect("the guest dials again");
+        assert_eq!(secret, SECRET, "a later connection brings the secret");
+        (self.client, self.hello, self.events, self.following) = greet(control, seen).await;
     }
 
     /// Reserves a token; the stream comes when the guest dials it.
@@ -188,6 +209,7 @@ impl Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
+        self.following.abort();
         self.tasks.abort_all();
         for child in self.children.iter_mut().rev() {
             // One that has ended by itself is as good.
@@ -210,7 +232,29 @@ async fn wait_for(path: &Path) {
     panic!("{} did not appear", path.display());
 }
 
-async fn accept(listener: UnixListener, streams: Streams, controls: mpsc::Sender<UnixStream>) {
+/// Says hello on a control connection and follows its events.
+async fn greet(
+    control: UnixStream,
+    seen: u64,
+) -> (AgentClient<Channel>, api::HelloResponse, mpsc::UnboundedReceiver<Event>, tokio::task::JoinHandle<()>) {
+    let mut client = client(control).await;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("clock").as_nanos() as u64;
+    let request = api::HelloRequest { api_version: 1, session_secret: SECRET.to_vec(), host_time_unix_ns: now };
+    let hello = client.hello(request).await.expect("hello").into_inner();
+    let mut stream = client.events(api::EventsRequest { after_seq: seen }).await.expect("events").into_inner();
+    let (event_sender, events) = mpsc::unbounded_channel();
+    #[allow(clippy::disallowed_methods, reason = "ends with the connection")]
+    let following = tokio::spawn(async move {
+        while let Ok(Some(event)) = stream.message().await {
+            if event_sender.send(event).is_err() {
+                return;
+            }
+        }
+    });
+    (client, hello, events, following)
+}
+
+async fn accept(listener: UnixListener, streams: Streams, controls: mpsc::Sender<(UnixStream, Token)>) {
     let mut connections = JoinSet::new();
     loop {
         let Ok((mut stream, _)) = listener.accept().await else { return };
@@ -221,7 +265,7 @@ async fn accept(listener: UnixListener, streams: Streams, controls: mpsc::Sender
                 return;
             }
             match Preamble::decode(&bytes).expect("preamble") {
-                Preamble { kind: Kind::Control, .. } => drop(controls.send(stream).await),
+                Preamble { kind: Kind::Control, token } => drop(controls.send((stream, token)).await),
                 Preamble { kind: Kind::Stream, token } => {
                     if let Some(waiter) = streams.lock().expect("streams").remove(&token) {
                         drop(waiter.send(stream));

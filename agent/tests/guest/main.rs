@@ -6,12 +6,15 @@
 mod machine;
 
 use bulkhead_proto::agent as api;
-use machine::{Machine, read_all, write_all};
+use machine::{Disk, Machine, read_all, write_all};
 use serde_json::{Value, json};
 
 /// Puts a busybox image at `<name>/rootfs` below the share.
 fn busybox(machine: &Machine, name: &str) {
-    let rootfs = machine.share(&format!("{name}/rootfs"));
+    busybox_at(&machine.share(&format!("{name}/rootfs")));
+}
+
+fn busybox_at(rootfs: &std::path::Path) {
     for directory in ["bin", "etc", "proc", "sys", "dev", "tmp"] {
         std::fs::create_dir_all(rootfs.join(directory)).expect("mkdir");
     }
@@ -37,6 +40,7 @@ fn busybox(machine: &Machine, name: &str) {
         "hostname",
         "mkdir",
         "touch",
+        "mkfifo",
         "df",
         "sysctl",
         "ulimit",
@@ -576,4 +580,136 @@ async fn a_container_is_confined_as_its_spec_says() {
         assert!(output.contains(expected), "{expected:?} is not in {output}");
     }
     assert!(machine.share("c1/0/file").exists(), "a write to a volume reaches the host");
+}
+
+#[tokio::test]
+async fn a_control_connection_that_breaks_loses_no_event_and_no_call() {
+    let Some(mut machine) = Machine::boot(256).await else { return };
+    sandbox(&mut machine).await;
+    busybox(&machine, "c1");
+    let script = "mkfifo /tmp/go; read word </tmp/go; exit 7";
+    let mut spec = spec(process(&["sh", "-c", script]));
+    spec["root"]["readonly"] = json!(false);
+    let request = create("c1", &spec, api::Stdio::default());
+
+    // The connection breaks under the call, and after its answer: each repetition tells of the one container.
+    let mut client = machine.client.clone();
+    let breaking = client.create_container(request.clone());
+    drop(tokio::time::timeout(std::time::Duration::from_millis(50), breaking).await);
+    drop(client);
+    machine.reconnect(0).await;
+    let pid = machine.client.create_container(request.clone()).await.expect("create").into_inner().guest_pid;
+    machine.reconnect(0).await;
+    let again = machine.client.create_container(request).await.expect("create again").into_inner();
+    assert_eq!(again.guest_pid, pid);
+    let sandbox = api::CreateSandboxRequest { hostname: "pod".into(), share_tag: "share".into(), ..Default::default() };
+    machine.client.create_sandbox(sandbox).await.expect("a pod stays one");
+
+    let started = machine.client.start_process(start("c1", "")).await.expect("start").into_inner().guest_pid;
+    let exec = api::CreateProcessRequest {
+        container_id: "c1".into(),
+        exec_id: "e1".into(),
+        process_json: process(&["sh", "-c", "while [ ! -p /tmp/go ]; do sleep 0.1; done; echo go >/tmp/go; exit 3"])
+            .to_string()
+            .into_bytes(),
+        stdio: Some(api::Stdio::default()),
+    };
+    machine.client.create_process(exec.clone()).await.expect("exec");
+    machine.reconnect(0).await;
+    assert_eq!(machine.client.start_process(start("c1", "")).await.expect("again").into_inner().guest_pid, started);
+    machine.client.create_process(exec).await.expect("exec again");
+    let exec_pid = machine.client.start_process(start("c1", "e1")).await.expect("start").into_inner().guest_pid;
+
+    // Both end while nobody listens, or just before.
+    machine.reconnect(0).await;
+    assert_eq!(machine.client.start_process(start("c1", "e1")).await.expect("again").into_inner().guest_pid, exec_pid);
+    let mut exits = Vec::new();
+    while exits.len() < 2 {
+        let event = tokio::time::timeout(machine::DEADLINE, machine.events.recv()).await.expect("in time");
+        let event = event.expect("events");
+        if let Some(api::event::Event::Exit(exit)) = event.event {
+            exits.push((event.seq, exit.exec_id, exit.exit_status));
+        }
+    }
+    assert_eq!(exits, [(1, "e1".into(), 3), (2, String::new(), 7)], "the exec and then the init, each once");
+
+    // What was seen does not come again, what was not does.
+    machine.reconnect(1).await;
+    let exit = machine.exit(|_| ()).await;
+    assert_eq!((exit.exec_id.as_str(), exit.exit_status), ("", 7));
+    machine.client.delete(delete("c1", "e1")).await.expect("delete");
+    machine.client.delete(delete("c1", "")).await.expect("delete");
+    machine.client.shutdown(api::ShutdownRequest {}).await.expect("shutdown");
+    assert!(machine.powered_off().await);
+}
+
+/// Makes an ext4 image that holds what is below `content`.
+fn ext4(image: &std::path::Path, content: &std::path::Path) {
+    std::fs::File::create(image).and_then(|file| file.set_len(64 << 20)).expect("image");
+    let made = std::process::Command::new("/sbin/mkfs.ext4").args(["-q", "-d"]).arg(content).arg(image).status();
+    assert!(made.expect("mkfs.ext4, of e2fsprogs").success());
+}
+
+fn disk_mount(serial: &str, target: &str) -> api::GuestMount {
+    api::GuestMount {
+        source: Some(api::guest_mount::Source::DeviceSerial(serial.into())),
+        target: target.into(),
+        fstype: "ext4".into(),
+        ..api::GuestMount::default()
+    }
+}
+
+#[tokio::test]
+async fn a_rootfs_lies_on_a_disk_or_is_an_overlay_of_disks() {
+    let images = tempfile::tempdir().expect("tempdir");
+    let path = |name: &str| images.path().join(name);
+    busybox_at(&path("content"));
+    ext4(&path("whole"), &path("content"));
+    ext4(&path("lower"), &path("content"));
+    std::fs::create_dir_all(path("second/etc")).expect("mkdir");
+    std::fs::write(path("second/etc/layer"), "second\n").expect("write");
+    ext4(&path("middle"), &path("second"));
+    std::fs::create_dir(path("empty")).expect("mkdir");
+    ext4(&path("upper"), &path("empty"));
+    let names = ["whole", "lower", "middle", "upper"];
+    let files = names.map(&path);
+    let disks: Vec<_> =
+        names.iter().zip(&files).map(|(serial, image)| Disk { serial, image: image.as_path() }).collect();
+    let Some(mut machine) = Machine::boot_with_disks(256, &disks).await else { return };
+    sandbox(&mut machine).await;
+
+    let mut on_disk = create("disk", &spec(process(&["sleep", "1000"])), api::Stdio::default());
+    on_disk.rootfs = vec![disk_mount("whole", "/")];
+    let mut on_layers = create("layers", &spec(process(&["sleep", "1000"])), api::Stdio::default());
+    on_layers.rootfs = vec![
+        api::GuestMount { options: vec!["ro".into()], ..disk_mount("lower", "/l0") },
+        api::GuestMount { options: vec!["ro".into()], ..disk_mount("middle", "/l1") },
+        disk_mount("upper", "/rw"),
+        api::GuestMount {
+            source: Some(api::guest_mount::Source::None(true)),
+            target: "/".into(),
+            fstype: "overlay".into(),
+            options: ["lowerdir=/l1:/l0", "upperdir=/rw/upper", "workdir=/rw/work"].map(str::to_owned).to_vec(),
+        },
+    ];
+    for (id, request, fstype) in [("disk", on_disk, "ext4"), ("layers", on_layers, "overlay")] {
+        machine.client.create_container(request).await.expect("create");
+        machine.client.start_process(start(id, "")).await.expect("start");
+        let script = "grep ' / ' /proc/mounts; echo kept >/written; cat /written; grep -s . /etc/layer; true";
+        let (status, said) = run(&mut machine, id, "look", process(&["sh", "-c", script])).await;
+        assert_eq!(status, 0, "{said}");
+        assert!(said.split_whitespace().nth(2) == Some(fstype), "{said}");
+        assert_eq!(said.ends_with("kept\nsecond\n"), id == "layers", "{said}");
+        kill(&mut machine, id, 9).await.expect("kill");
+        assert_eq!(machine.exit(|_| ()).await.container_id, id);
+        machine.client.delete(delete(id, "")).await.expect("delete");
+    }
+    machine.client.shutdown(api::ShutdownRequest {}).await.expect("shutdown");
+    assert!(machine.powered_off().await);
+    let kept = |image: &str, request: &str| {
+        let output = std::process::Command::new("/sbin/debugfs").args(["-R", request]).arg(path(image)).output();
+        String::from_utf8_lossy(&output.expect("debugfs, of e2fsprogs").stdout).into_owned()
+    };
+    assert_eq!(kept("whole", "cat /written"), "kept\n", "what was written lies on the disk");
+    assert_eq!(kept("upper", "cat /upper/written"), "kept\n", "what was written lies on the upper disk");
 }
