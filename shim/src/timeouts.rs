@@ -32,3 +32,7 @@ pub const NETWORK: Duration = Duration::from_secs(10);
 pub const TEARDOWN: Duration = Duration::from_secs(4);
 /// A helper that follows another process's end does so.
 pub const HELPER_EXIT: Duration = Duration::from_millis(500);
+/// A shim without a task is asked for something: containerd follows `start` by Create and the last Delete by Shutdown at once.
+pub const UNCLAIMED: Duration = Duration::from_mins(1);
+/// A shim answers a Shutdown that `delete` sends it.
+pub const DISMISSAL: Duration = Duration::from_millis(500);

@@ -144,15 +144,72 @@ async fn what_does_not_exist_is_not_found_and_a_taken_id_is_taken() {
 }
 
 #[tokio::test]
-async fn a_shim_whose_create_was_lost_ends_when_it_is_asked_for_the_task() {
+async fn a_shim_ends_with_the_containerd_that_did_not_come_to_create_and_not_for_questions() {
     let (sandbox, commands) = bulkhead_shim::sandbox::SandboxHandle::new();
     let events = bulkhead_shim::events::EventQueue::start(None, "test");
     let booter = Box::new(|_| panic!("nothing is created"));
-    let driver = bulkhead_shim::sandbox::driver::Driver::new(booter, events.events()).run(commands);
+    let (creator, gone) = tokio::sync::oneshot::channel::<()>();
+    let gone = futures::FutureExt::boxed(async move { drop(gone.await) });
+    let driver = bulkhead_shim::sandbox::driver::Driver::new(booter, events.events()).created_by(gone).run(commands);
     let asked = async {
-        let unknown = sandbox.state(World::init("pod")).await.expect_err("is unknown");
-        assert_eq!(unknown.kind(), Kind::NotFound);
+        for _ in 0..3 {
+            let unknown = sandbox.state(World::init("pod")).await.expect_err("is unknown");
+            assert_eq!(unknown.kind(), Kind::NotFound);
+        }
+        drop(creator);
     };
     timeout(SOON, async { tokio::join!(driver, asked) }).await.expect("ends");
+    events.shutdown(SOON).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_shim_that_nobody_gives_a_task_ends_by_itself() {
+    let (sandbox, commands) = bulkhead_shim::sandbox::SandboxHandle::new();
+    let events = bulkhead_shim::events::EventQueue::start(None, "test");
+    let booter = Box::new(|_| panic!("nothing is created"));
+    let started = tokio::time::Instant::now();
+    bulkhead_shim::sandbox::driver::Driver::new(booter, events.events()).run(commands).await;
+    assert_eq!(started.elapsed().as_secs(), bulkhead_shim::timeouts::UNCLAIMED.as_secs());
+    let late = sandbox.state(World::init("pod")).await.expect_err("has ended");
+    assert_eq!(late.kind(), Kind::Unavailable);
+    events.shutdown(SOON).await;
+}
+
+/// A containerd that came back kills what its predecessor was creating, waits for the exit, and deletes it.
+#[tokio::test]
+async fn a_task_that_is_killed_while_it_is_created_exits_and_can_be_deleted() {
+    let (sandbox, commands) = bulkhead_shim::sandbox::SandboxHandle::new();
+    let events = bulkhead_shim::events::EventQueue::start(None, "test");
+    let booter = Box::new(|request: bulkhead_shim::sandbox::boot::BootRequest| {
+        futures::FutureExt::boxed(async move {
+            request.cancel.cancelled().await;
+            Err(bulkhead_shim::error::Error::unavailable("boot was cancelled"))
+        })
+    });
+    let driver = tokio::task::spawn(bulkhead_shim::sandbox::driver::Driver::new(booter, events.events()).run(commands));
+    let creating = tokio::task::spawn({
+        let sandbox = sandbox.clone();
+        async move { sandbox.create(World::pod(std::path::Path::new("/bundle"))).await }
+    });
+    let pod = || World::init(World::POD);
+    timeout(SOON, async {
+        while sandbox.state(pod()).await.is_err() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await
+    .expect("is being created");
+    let waiting = tokio::task::spawn({
+        let sandbox = sandbox.clone();
+        async move { sandbox.wait(World::init(World::POD)).await }
+    });
+    sandbox.kill(pod(), 9, true).await.expect("is killed");
+    let failed = timeout(SOON, creating).await.expect("in time").expect("does not panic").expect_err("was killed");
+    assert_eq!(failed.kind(), Kind::Unavailable);
+    let exit = timeout(SOON, waiting).await.expect("in time").expect("does not panic").expect("exits");
+    assert_eq!(exit.status, 137);
+    assert_eq!(sandbox.delete(pod()).await.expect("deletes").exit.map(|exit| exit.status), Some(137));
+    assert!(sandbox.shutdown().await.expect("answers"), "nothing is left");
+    timeout(SOON, driver).await.expect("ends").expect("does not panic");
     events.shutdown(SOON).await;
 }

@@ -37,8 +37,6 @@ const ROWS: &[Row] = &[
         "containerd killed while pods start leaves nothing after they are removed",
         containerd_killed_during_start,
     )
-    // 1.6 forgets the task of such a pod, and its shim stays: docs/PROGRESS.md.
-    .releases(&[Version::V2_4])
     .only(BULKHEAD),
 ];
 
@@ -216,7 +214,7 @@ fn qemu_killed_during_stop(context: &Context) -> Result<()> {
 
 fn containerd_killed_during_start(context: &Context) -> Result<()> {
     let node = &context.node;
-    for delay in [100, 300, 600, 1000] {
+    for delay in [50, 100, 200, 300, 450, 600, 1000] {
         let (outcome, killed) = std::thread::scope(|scope| {
             let starting =
                 scope.spawn(|| context.try_start(PodSpec::new()).map(|(pod, _)| pod.map(|pod| pod.id.clone())));

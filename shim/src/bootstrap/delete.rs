@@ -12,15 +12,17 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use containerd_shim_protos::api::DeleteResponse;
+use containerd_shim_protos::api::{DeleteResponse, ShutdownRequest};
 use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
 use containerd_shim_protos::protobuf::{Message, MessageField};
+use containerd_shim_protos::shim_async::{Client, TaskClient};
+use containerd_shim_protos::ttrpc::context;
 use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 
 use super::flags::Flags;
 use super::socket;
-use crate::paths;
+use crate::{paths, timeouts};
 
 /// Exit status of what did not end by itself: 128 and SIGKILL.
 const KILLED: u32 = 137;
@@ -45,6 +47,7 @@ pub fn run(flags: &Flags, teardown: fn(&Path) -> anyhow::Result<()>) -> anyhow::
         Some(dir) if !paths::is_dir_of(&dir, &flags.id) && server.answers()? => {}
         Some(dir) => {
             server.wait_for_end()?;
+            server.dismiss()?;
             if dir.exists() {
                 teardown(&dir).with_context(|| format!("tear down {}", dir.display()))?;
             }
@@ -93,6 +96,26 @@ impl Server {
             thread::sleep(Duration::from_millis(5));
         }
         Ok(())
+    }
+
+    /// Asks a server that still answers to end, as containerd does after the last task: one that has no task does so, and
+    /// containerd may know nothing of it any more. Of any other, the teardown that follows knows the process.
+    fn dismiss(&self) -> anyhow::Result<()> {
+        let Some(path) = self.socket_path.as_deref() else { return Ok(()) };
+        if !self.answers()? {
+            return Ok(());
+        }
+        let address = format!("unix://{}", path.display());
+        let ask = async {
+            let task = TaskClient::new(Client::connect(&address).await?);
+            task.shutdown(context::with_duration(timeouts::DISMISSAL), &ShutdownRequest::default()).await
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start a runtime")?;
+        match runtime.block_on(async { tokio::time::timeout(timeouts::DISMISSAL, ask).await }) {
+            Ok(Ok(_)) => self.wait_for_end(),
+            // It hangs, or is on its way out.
+            _ => Ok(()),
+        }
     }
 
     fn remove_dead_socket(&self) -> anyhow::Result<()> {

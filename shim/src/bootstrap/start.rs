@@ -64,9 +64,13 @@ pub fn run(flags: &Flags) -> anyhow::Result<Vec<u8>> {
             path
         }
     };
-    let address = format!("unix://{}", socket_path.display());
+    let address = address_of(&socket_path);
     paths::write_address(&bundle, &address)?;
     encode(&input, address)
+}
+
+fn address_of(socket_path: &Path) -> String {
+    format!("unix://{}", socket_path.display())
 }
 
 /// The answer: a message for who sent one, the bare address for everyone else.
@@ -112,7 +116,9 @@ fn spawn(
 ) -> anyhow::Result<()> {
     let shim_cgroup = input.options.as_ref().map(|options| options.shim_cgroup.clone()).unwrap_or_default();
     let sandbox_dir = paths::sandbox_dir(&config.state_dir, &flags.id, socket_path)?;
+    // Before there is a server: if containerd dies now, the next one finds it by these, or has `delete` end it.
     paths::link_bundle(bundle, &sandbox_dir)?;
+    paths::write_address(bundle, &address_of(socket_path))?;
     let exe = std::env::current_exe().context("find the binary that is running")?;
     let handover = Handover {
         sandbox_id: flags.id.clone(),

@@ -3,6 +3,7 @@
 //! containerd's generated types stop here: [`convert`] turns them into ours, and errors into status codes.
 
 pub mod convert;
+pub mod creator;
 pub mod task;
 
 use std::collections::HashMap;
@@ -43,7 +44,8 @@ pub async fn serve(config: ServeConfig) -> anyhow::Result<()> {
         .register_service(task_services(sandbox, &identity));
     server.start().await.context("serve containerd")?;
     let booter = Box::new(move |request| boot::boot(Arc::clone(&identity), request).boxed());
-    Driver::new(booter, events.events()).run(commands).await;
+    let creator_gone = creator::gone(config.ttrpc_address.clone()).boxed();
+    Driver::new(booter, events.events()).created_by(creator_gone).run(commands).await;
     // containerd takes a connection that closes under its Shutdown for an answer.
     server.shutdown().await.context("stop serving containerd")?;
     if !events.shutdown(LAST_EVENTS).await {

@@ -92,17 +92,21 @@ impl World {
         let (sandbox, commands) = SandboxHandle::new();
         let driver = tokio::task::spawn(Driver::new(booter, events.events()).run(commands));
         let world = Self { sandbox, dir, lost, events, taken, driver, containerd };
-        let pod = CreateTask {
+        world.sandbox.create(Self::pod(world.dir.path())).await.expect("creates the pod");
+        world.sandbox.start(Self::init(Self::POD)).await.expect("starts the pod");
+        world
+    }
+
+    /// What containerd asks for a pod whose bundle is `bundle`.
+    pub fn pod(bundle: &Path) -> CreateTask {
+        CreateTask {
             id: ContainerId(Self::POD.into()),
-            bundle: world.dir.path().to_owned(),
+            bundle: bundle.to_owned(),
             rootfs: Vec::new(),
             stdio: StdioPaths::default(),
             spec: json!({"annotations": {"io.kubernetes.cri.container-type": "sandbox"}}),
             options: None,
-        };
-        world.sandbox.create(pod).await.expect("creates the pod");
-        world.sandbox.start(Self::init(Self::POD)).await.expect("starts the pod");
-        world
+        }
     }
 
     pub fn init(container: &str) -> ProcessId {

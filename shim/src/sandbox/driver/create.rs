@@ -137,9 +137,12 @@ impl Driver {
                 self.containers.remove(&task.id);
                 answer(reply, Err(error));
             }
-            // It was killed meanwhile. The boot either saw that and has unwound, or was already through.
+            // It was killed meanwhile. The boot either saw that and has unwound, or was already through. The task stays, to
+            // exit when the teardown is through: who killed it waits for that exit, and deletes it.
             (result, _) => {
-                self.containers.remove(&task.id);
+                if let Ok(container) = self.container_mut(&task.id) {
+                    container.stage = Stage::Made;
+                }
                 answer(reply, Err(Error::unavailable(format!("create container {}: sandbox was killed", task.id))));
                 self.jobs.spawn(async move {
                     if let Ok(pod) = result {

@@ -16,6 +16,7 @@ use std::time::SystemTime;
 
 use bulkhead_proto::agent;
 use containerd_shim_protos::events::task::TaskOOM;
+use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use serde_json::Value;
 use tokio::sync::mpsc;
@@ -32,6 +33,7 @@ use crate::sandbox::boot::{Access, BootRequest, Pod};
 use crate::sandbox::state::{State, Step};
 use crate::sandbox::{Command, Deleted, ProcessState, Reply};
 use crate::storage::container::ContainerStorage;
+use crate::timeouts;
 
 /// A container of the sandbox; for [`Role::Sandbox`] the pod itself.
 #[derive(Debug)]
@@ -110,6 +112,8 @@ pub struct Driver {
     ending: bool,
     guest_events: mpsc::Receiver<GuestEvent>,
     guest_events_in: mpsc::Sender<GuestEvent>,
+    /// Ends when whoever was to create the first task has died.
+    creator_gone: BoxFuture<'static, ()>,
 }
 
 impl Driver {
@@ -127,12 +131,21 @@ impl Driver {
             ending: false,
             guest_events,
             guest_events_in,
+            creator_gone: std::future::pending().boxed(),
         }
     }
 
-    /// Serves commands until a [`Command::Shutdown`] is granted, then returns with every job joined.
+    /// Has the driver end when `gone` does before a task was created: then none will be.
+    #[must_use]
+    pub fn created_by(self, gone: BoxFuture<'static, ()>) -> Self {
+        Self { creator_gone: gone, ..self }
+    }
+
+    /// Serves commands until a [`Command::Shutdown`] is granted, or nobody wants anything of it any more, then returns with
+    /// every job joined.
     pub async fn run(mut self, mut commands: mpsc::Receiver<Command>) {
         loop {
+            let unclaimed = self.is_unclaimed();
             tokio::select! {
                 command = commands.recv() => {
                     let Some(command) = command else { break };
@@ -143,6 +156,14 @@ impl Driver {
                     Ok(done) => self.on_done(done),
                     Err(error) => tracing::error!(%error, "a job of the sandbox panicked"),
                 },
+                () = &mut self.creator_gone, if unclaimed && self.state == State::Planned => {
+                    tracing::warn!("containerd ended before it created a task: the shim ends");
+                    break;
+                }
+                () = tokio::time::sleep(timeouts::UNCLAIMED), if unclaimed => {
+                    tracing::warn!(state = self.state.name(), "nobody has asked for anything since: the shim ends");
+                    break;
+                }
             }
             if self.ending && matches!(self.state, State::Planned | State::Stopped) {
                 break;
@@ -156,17 +177,11 @@ impl Driver {
             Command::Create(task, reply) => self.create(*task, reply),
             Command::Start(id, reply) => self.start(id, reply),
             Command::Exec(task, reply) => answer(reply, self.exec(*task)),
-            Command::State(id, reply) => {
-                self.end_if_never_created();
-                answer(reply, self.process_state(&id));
-            }
+            Command::State(id, reply) => answer(reply, self.process_state(&id)),
             Command::Wait(id, reply) => answer(reply, self.process(&id).map(Process::subscribe)),
             Command::Kill(id, signal, all, reply) => self.kill(&id, signal, all, reply),
             Command::Delete(id, reply) => self.delete(&id, reply),
-            Command::Pids(id, reply) => {
-                self.end_if_never_created();
-                answer(reply, self.pids(&id));
-            }
+            Command::Pids(id, reply) => answer(reply, self.pids(&id)),
             Command::Pause(id, reply) => self.pause(id, true, reply),
             Command::Resume(id, reply) => self.pause(id, false, reply),
             Command::ResizePty(id, height, width, reply) => self.resize_pty(&id, height, width, reply),
@@ -182,13 +197,12 @@ impl Driver {
         }
     }
 
-    /// containerd creates a task before it asks about it, so the one that asks here has lost a Create in a restart. Releases
-    /// before 1.7 would then keep this shim for ever.
-    fn end_if_never_created(&mut self) {
-        if self.state == State::Planned && self.containers.is_empty() {
-            tracing::warn!("containerd asks for a task that it never created: the shim ends");
-            self.ending = true;
-        }
+    /// Whether the shim stands for no task: none was created yet, or what there was has ended and been deleted.
+    ///
+    /// containerd leaves that state within a breath, by Create or by Shutdown, unless it dies in between. Questions are no
+    /// sign of either: any client's list of tasks asks about one that is just being created.
+    fn is_unclaimed(&self) -> bool {
+        self.containers.is_empty() && matches!(self.state, State::Planned | State::Stopped)
     }
 
     fn on_guest_event(&mut self, event: GuestEvent) {
@@ -207,10 +221,7 @@ impl Driver {
                 }
             }
             GuestEvent::Silent => {
-                self.pod_lost(&format!(
-                    "the guest has fallen silent: no heartbeat for {:?}",
-                    crate::timeouts::HEARTBEAT
-                ));
+                self.pod_lost(&format!("the guest has fallen silent: no heartbeat for {:?}", timeouts::HEARTBEAT));
             }
         }
     }
