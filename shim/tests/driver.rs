@@ -213,3 +213,47 @@ async fn a_task_that_is_killed_while_it_is_created_exits_and_can_be_deleted() {
     timeout(SOON, driver).await.expect("ends").expect("does not panic");
     events.shutdown(SOON).await;
 }
+
+#[tokio::test]
+async fn what_happens_while_the_control_connection_is_broken_is_told_after_it() {
+    let mut world = World::start().await;
+    world.create_container("web", json!(["hang"])).await.expect("creates");
+    world.sandbox.start(World::init("web")).await.expect("starts");
+    world.agent.cut().await;
+    // One exit that nobody hears, and a call that has nobody to go to.
+    world.agent.end("web", 9);
+    let sandbox = world.sandbox.clone();
+    let calling = tokio::task::spawn(async move { sandbox.kill(World::init("web"), 15, false).await });
+    tokio::task::yield_now().await;
+    world.agent.dial_control().await;
+    let exit = timeout(SOON, world.sandbox.wait(World::init("web"))).await.expect("in time").expect("exits");
+    assert_eq!(exit.status, 9);
+    // It came through: the process had ended.
+    let late = timeout(SOON, calling).await.expect("in time").expect("does not panic").expect_err("has exited");
+    assert_eq!(late.kind(), Kind::NotFound);
+    let topics = world.topics_of("web").await;
+    assert_eq!(topics.iter().filter(|topic| *topic == "/tasks/exit").count(), 1, "{topics:?}");
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn a_call_whose_answer_is_lost_is_repeated_and_takes_effect_once() {
+    let mut world = World::start().await;
+    let mut container = world.create_container("web", json!(["print", "once"])).await.expect("creates");
+    world.agent.withhold_next_start();
+    let sandbox = world.sandbox.clone();
+    let starting = tokio::task::spawn(async move { sandbox.start(World::init("web")).await });
+    // The program has run; only the answer is missing.
+    assert_eq!(container.read_some().await, b"once");
+    for _ in 0..3 {
+        world.agent.cut().await;
+        world.agent.dial_control().await;
+    }
+    timeout(SOON, starting).await.expect("in time").expect("does not panic").expect("starts");
+    let exit = timeout(SOON, world.sandbox.wait(World::init("web"))).await.expect("in time").expect("exits");
+    assert_eq!(exit.status, 0);
+    assert!(world.agent.starts() >= 2, "the call was not repeated");
+    assert_eq!(container.read_stdout().await, b"");
+    assert_eq!(world.topics_of("web").await, ["/tasks/create", "/tasks/start", "/tasks/exit"]);
+    world.stop().await;
+}

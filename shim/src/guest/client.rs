@@ -250,19 +250,20 @@ impl Follower {
             self.publish.send_replace(None);
             tracing::warn!("connection to the agent broke, waiting for it to dial again");
             let next = async {
-                let stream = self.connections.next(self.secret).await?;
-                greet(stream, self.secret).await.map(|(client, _)| client).map_err(anyhow::Error::from)
+                loop {
+                    let stream = self.connections.next(self.secret).await?;
+                    match greet(stream, self.secret).await {
+                        Ok((client, _)) => return Ok::<_, anyhow::Error>(client),
+                        // It broke in its turn, and the agent dials again.
+                        Err(error) => tracing::warn!(%error, "the agent's new connection is unusable"),
+                    }
+                }
             };
             tokio::select! {
                 () = stop.cancelled() => return,
                 next = timeout(timeouts::HEARTBEAT, next) => match next {
                     Ok(Ok(next)) => client = next,
-                    Ok(Err(error)) => {
-                        tracing::warn!(error = %format_args!("{error:#}"), "the agent's new connection is unusable");
-                        drop(self.events.send(GuestEvent::Silent).await);
-                        return;
-                    }
-                    Err(_) => {
+                    Ok(Err(_)) | Err(_) => {
                         drop(self.events.send(GuestEvent::Silent).await);
                         return;
                     }

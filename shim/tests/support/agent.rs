@@ -30,34 +30,81 @@ pub struct FakeAgent {
 struct State {
     processes: HashMap<(String, String), Process>,
     events: Option<mpsc::UnboundedSender<Result<Event, Status>>>,
-    sent: u64,
+    /// Everything that happened; event n is the n-th.
+    log: Vec<Event>,
+    secret: Token,
+    /// Carries the control connection's bytes; with its end the connection breaks.
+    wire: Option<tokio::task::JoinHandle<()>>,
+    /// The next start takes effect, and its answer never leaves.
+    withheld: bool,
+    starts: u32,
 }
 
 struct Process {
     args: Vec<String>,
     stdio: agent::Stdio,
     kill: Option<oneshot::Sender<u32>>,
+    started: bool,
     exited: bool,
 }
 
 impl FakeAgent {
-    /// Dials the host's `socket` and serves until the connection ends.
-    pub async fn serve(socket: &Path) -> (Self, tokio::task::JoinHandle<()>) {
+    /// Dials the host's `socket` and serves.
+    pub async fn serve(socket: &Path) -> Self {
         let agent = Self { socket: socket.to_owned(), state: Arc::default() };
-        let connection = dial(socket, Kind::Control, [0; 16]).await;
-        let server = tonic::transport::Server::builder().add_service(AgentServer::new(agent.clone()));
-        let incoming = futures::stream::once(async { Ok::<_, std::io::Error>(connection) });
-        let task = tokio::task::spawn(async move {
-            // Its end is the end of the test.
+        agent.dial_control().await;
+        agent
+    }
+
+    /// Dials as an agent does that has lost its connection: with the secret that the last `Hello` gave.
+    pub async fn dial_control(&self) {
+        let secret = self.lock().secret;
+        let mut host = dial(&self.socket, Kind::Control, secret).await;
+        let (ours, mut theirs) = tokio::io::duplex(1 << 16);
+        let wire = tokio::task::spawn(async move {
+            // However it ends, it is a broken connection.
+            drop(tokio::io::copy_bidirectional(&mut host, &mut theirs).await);
+        });
+        self.lock().wire = Some(wire);
+        let server = tonic::transport::Server::builder().add_service(AgentServer::new(self.clone()));
+        let incoming = futures::stream::once(async { Ok::<_, std::io::Error>(ours) });
+        tokio::task::spawn(async move {
+            // Its end is the end of the connection.
             drop(server.serve_with_incoming(incoming).await);
         });
-        (agent, task)
+    }
+
+    /// Breaks the control connection and returns when that is done.
+    pub async fn cut(&self) {
+        let wire = self.lock().wire.take().expect("is connected");
+        wire.abort();
+        drop(wire.await);
+    }
+
+    /// Has the next start take effect without an answer.
+    pub fn withhold_next_start(&self) {
+        self.lock().withheld = true;
+    }
+
+    /// How many starts were asked for, repetitions included.
+    pub fn starts(&self) -> u32 {
+        self.lock().starts
+    }
+
+    /// Ends a process, as if by itself.
+    pub fn end(&self, container: &str, status: u32) {
+        let kill = self.lock().processes.get_mut(&(container.to_owned(), String::new())).and_then(|p| p.kill.take());
+        kill.expect("runs").send(status).expect("runs");
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().expect("not poisoned")
     }
 
     fn emit(&self, event: event::Event) {
-        let mut state = self.state.lock().expect("not poisoned");
-        state.sent += 1;
-        let event = Event { seq: state.sent, event: Some(event) };
+        let mut state = self.lock();
+        let event = Event { seq: state.log.len() as u64 + 1, event: Some(event) };
+        state.log.push(event.clone());
         if let Some(events) = &state.events {
             drop(events.send(Ok(event)));
         }
@@ -107,11 +154,11 @@ impl FakeAgent {
                     }
                 }
             }
-            ["hang"] => status = kill.await.map_or(137, |signal| 128 + signal),
+            ["hang"] => status = kill.await.unwrap_or(137),
             other => panic!("the fake agent does not know {other:?}"),
         }
         {
-            let mut state = self.state.lock().expect("not poisoned");
+            let mut state = self.lock();
             if let Some(process) = state.processes.get_mut(&id) {
                 process.exited = true;
             }
@@ -134,8 +181,8 @@ impl FakeAgent {
     fn register(&self, container_id: String, exec_id: String, process: &serde_json::Value, stdio: agent::Stdio) {
         let args = process["args"].as_array().expect("args").iter();
         let args = args.map(|arg| arg.as_str().expect("a string").to_owned()).collect();
-        let process = Process { args, stdio, kill: None, exited: false };
-        self.state.lock().expect("not poisoned").processes.insert((container_id, exec_id), process);
+        let process = Process { args, stdio, kill: None, started: false, exited: false };
+        self.lock().processes.insert((container_id, exec_id), process);
     }
 }
 
@@ -153,7 +200,9 @@ pub async fn dial(socket: &Path, kind: Kind, token: Token) -> UnixStream {
 #[tonic::async_trait]
 impl Agent for FakeAgent {
     async fn hello(&self, request: Request<agent::HelloRequest>) -> Answer<agent::HelloResponse> {
-        let api_version = request.into_inner().api_version;
+        let request = request.into_inner();
+        self.lock().secret = request.session_secret.try_into().expect("16 bytes");
+        let api_version = request.api_version;
         Ok(Response::new(agent::HelloResponse { api_version, agent_version: "fake".into(), ..Default::default() }))
     }
 
@@ -185,17 +234,28 @@ impl Agent for FakeAgent {
         let request = request.into_inner();
         let id = (request.container_id, request.exec_id);
         let (kill, killed) = oneshot::channel();
-        let (args, stdio) = {
-            let mut state = self.state.lock().expect("not poisoned");
+        let (args, stdio, withheld, again) = {
+            let mut state = self.lock();
+            state.starts += 1;
+            let withheld = std::mem::take(&mut state.withheld);
             let process = state.processes.get_mut(&id).ok_or_else(|| Status::not_found("no such process"))?;
-            process.kill = Some(kill);
-            (process.args.clone(), process.stdio.clone())
+            let again = std::mem::replace(&mut process.started, true);
+            if !again {
+                process.kill = Some(kill);
+            }
+            (process.args.clone(), process.stdio.clone(), withheld, again)
         };
+        if again {
+            return Ok(Response::new(agent::StartProcessResponse { guest_pid: 7, ..Default::default() }));
+        }
         if args == ["refuse"] {
             return Err(Status::invalid_argument("exec: \"refuse\": executable file not found in $PATH"));
         }
         // Ends with the test; a panic in it fails the test by what is then missing.
         tokio::task::spawn(self.clone().run(id, args, stdio, killed));
+        if withheld {
+            std::future::pending::<()>().await;
+        }
         Ok(Response::new(agent::StartProcessResponse { guest_pid: 7, ..Default::default() }))
     }
 
@@ -204,7 +264,7 @@ impl Agent for FakeAgent {
         request: Request<agent::SignalProcessRequest>,
     ) -> Answer<agent::SignalProcessResponse> {
         let request = request.into_inner();
-        let mut state = self.state.lock().expect("not poisoned");
+        let mut state = self.lock();
         let process = state
             .processes
             .get_mut(&(request.container_id, request.exec_id))
@@ -212,7 +272,7 @@ impl Agent for FakeAgent {
             .ok_or_else(|| Status::not_found("process already finished"))?;
         if let Some(kill) = process.kill.take() {
             // It may have ended by itself meanwhile.
-            let _ended = kill.send(request.signal);
+            let _ended = kill.send(128 + request.signal);
         }
         Ok(Response::new(agent::SignalProcessResponse {}))
     }
@@ -223,7 +283,7 @@ impl Agent for FakeAgent {
 
     async fn delete(&self, request: Request<agent::DeleteRequest>) -> Answer<agent::DeleteResponse> {
         let request = request.into_inner();
-        let mut state = self.state.lock().expect("not poisoned");
+        let mut state = self.lock();
         state
             .processes
             .remove(&(request.container_id, request.exec_id))
@@ -255,9 +315,14 @@ impl Agent for FakeAgent {
 
     type EventsStream = Pin<Box<dyn Stream<Item = Result<Event, Status>> + Send>>;
 
-    async fn events(&self, _: Request<agent::EventsRequest>) -> Answer<Self::EventsStream> {
+    async fn events(&self, request: Request<agent::EventsRequest>) -> Answer<Self::EventsStream> {
+        let seen = request.into_inner().after_seq;
         let (sender, receiver) = mpsc::unbounded_channel();
-        self.state.lock().expect("not poisoned").events = Some(sender);
+        let mut state = self.lock();
+        for event in state.log.iter().filter(|event| event.seq > seen) {
+            sender.send(Ok(event.clone())).expect("is open");
+        }
+        state.events = Some(sender);
         Ok(Response::new(Box::pin(UnboundedReceiverStream::new(receiver))))
     }
 

@@ -40,6 +40,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 pub struct World {
     pub sandbox: SandboxHandle,
+    pub agent: FakeAgent,
     dir: TempDir,
     lost: CancellationToken,
     events: EventQueue,
@@ -88,13 +89,18 @@ impl World {
 
         let lost = CancellationToken::new();
         let (root, booter_lost) = (dir.path().to_owned(), lost.clone());
-        let booter = Box::new(move |request: BootRequest| boot(root.clone(), booter_lost.clone(), request).boxed());
+        let (told, agent) = tokio::sync::oneshot::channel();
+        let told = Arc::new(Mutex::new(Some(told)));
+        let booter = Box::new(move |request: BootRequest| {
+            let told = told.lock().expect("not poisoned").take().expect("boots once");
+            boot(root.clone(), booter_lost.clone(), told, request).boxed()
+        });
         let (sandbox, commands) = SandboxHandle::new();
         let driver = tokio::task::spawn(Driver::new(booter, events.events()).run(commands));
-        let world = Self { sandbox, dir, lost, events, taken, driver, containerd };
-        world.sandbox.create(Self::pod(world.dir.path())).await.expect("creates the pod");
-        world.sandbox.start(Self::init(Self::POD)).await.expect("starts the pod");
-        world
+        sandbox.create(Self::pod(dir.path())).await.expect("creates the pod");
+        sandbox.start(Self::init(Self::POD)).await.expect("starts the pod");
+        let agent = agent.await.expect("was booted");
+        Self { sandbox, agent, dir, lost, events, taken, driver, containerd }
     }
 
     /// What containerd asks for a pod whose bundle is `bundle`.
@@ -198,6 +204,14 @@ impl Fifos {
         self.stdin = None;
     }
 
+    /// Reads what has come, once something has.
+    pub async fn read_some(&mut self) -> Vec<u8> {
+        let mut buffer = vec![0; 65_536];
+        let length = timeout(PATIENCE, self.stdout.read(&mut buffer)).await.expect("in time").expect("reads");
+        buffer.truncate(length);
+        buffer
+    }
+
     /// Reads to the end that the shim makes when it closes its end.
     pub async fn read_stdout(&mut self) -> Vec<u8> {
         let mut output = Vec::new();
@@ -213,12 +227,18 @@ impl Fifos {
     }
 }
 
-async fn boot(root: PathBuf, lost: CancellationToken, request: BootRequest) -> Result<Pod> {
+async fn boot(
+    root: PathBuf,
+    lost: CancellationToken,
+    told: tokio::sync::oneshot::Sender<FakeAgent>,
+    request: BootRequest,
+) -> Result<Pod> {
     let socket = root.join("vsock_1024");
     let acceptor = Acceptor::Unix(UnixListener::bind(&socket).expect("binds"));
     let (listener, control, _task) = Listener::start(acceptor);
-    let (_agent, _serving) = FakeAgent::serve(&socket).await;
+    let agent = FakeAgent::serve(&socket).await;
     let (guest, _guest_task, _hello) = Guest::connect(control, request.guest_events).await?;
+    told.send(agent).ok().expect("the world waits for it");
     let share = root.join("share");
     let host = HostThread::start(namespace::prepare(share.clone()))?;
     let place = Place { host, share: ShareRoot::new(share) };
