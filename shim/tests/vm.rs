@@ -154,7 +154,8 @@ async fn disks_come_and_go_while_the_guest_runs() {
         fs::write(&image, &content).unwrap();
         let file = fs::File::open(&image).unwrap();
         let disk = Disk { id: id("disk-0"), serial: "rootfs-of-web".into(), source: DiskSource::File, read_only: true };
-        let plugged = vm.plug(&disk, file.into()).await.unwrap();
+        let disks = vm.disks().expect("has a controller");
+        let plugged = disks.plug(&disk, file.into()).await.unwrap();
         until_console(&vm, "content on the very disk").await;
         assert!(vm.console_tail().contains("serial rootfs-of-web"), "{}", vm.console_tail());
         until_console(&vm, "disk is let go").await;
@@ -163,11 +164,11 @@ async fn disks_come_and_go_while_the_guest_runs() {
             files.filter_map(|file| fs::read_link(file.unwrap().path()).ok()).any(|path| path == image)
         };
         assert!(holds(vm.child().pid()));
-        vm.unplug(&plugged).await.unwrap();
+        disks.unplug(&plugged).await.unwrap();
         assert!(!holds(vm.child().pid()), "QEMU has closed the image");
-        vm.unplug(&plugged).await.unwrap();
+        disks.unplug(&plugged).await.unwrap();
         let file = fs::File::open(&image).unwrap();
-        let again = vm.plug(&disk, file.into()).await.unwrap();
+        let again = disks.plug(&disk, file.into()).await.unwrap();
         assert_eq!(again.lun, plugged.lun);
         vm.kill().await.unwrap();
     }

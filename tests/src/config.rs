@@ -12,9 +12,19 @@ pub const BAD_HANDLER: &str = "bulkhead-bad";
 /// The handler that starts pods through containerd's sandbox API (2.x).
 pub const SANDBOXER_HANDLER: &str = "bulkhead-sandbox";
 
+/// The handler whose containers have their root file systems in image files (containerd 1.7 and later).
+pub const BLOCK_HANDLER: &str = "bulkhead-block";
+
+/// Name in [`Layout::root`] of the empty file system that the blockfile snapshotter (containerd 1.7 and later) begins with.
+pub const SCRATCH_FILE: &str = "scratch.ext4";
+
 /// Handlers of Bulkhead in the order of the file, each with its own configuration file in [`Layout::root`].
-pub const BULKHEAD_HANDLERS: [(&str, &str); 3] =
-    [("bulkhead", "bulkhead.toml"), (BAD_HANDLER, "bad.toml"), (SANDBOXER_HANDLER, "bulkhead.toml")];
+pub const BULKHEAD_HANDLERS: [(&str, &str); 4] = [
+    ("bulkhead", "bulkhead.toml"),
+    (BAD_HANDLER, "bad.toml"),
+    (SANDBOXER_HANDLER, "bulkhead.toml"),
+    (BLOCK_HANDLER, "bulkhead.toml"),
+];
 
 /// containerd's configuration.
 pub fn containerd(version: Version, layout: &Layout, runc: &Path) -> String {
@@ -29,7 +39,7 @@ pub fn containerd(version: Version, layout: &Layout, runc: &Path) -> String {
 root = "{root}/root"
 state = "{root}/state"
 temp = "{root}/temp"
-disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.blockfile", "io.containerd.snapshotter.v1.erofs"]
+disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.erofs"]
 
 [grpc]
 address = "{socket}"
@@ -42,6 +52,11 @@ path = "{root}/opt"
 
 [plugins."io.containerd.nri.v1.nri"]
 disable = true
+
+[plugins."io.containerd.snapshotter.v1.blockfile"]
+scratch_file = "{root}/{SCRATCH_FILE}"
+fs_type = "ext4"
+mount_options = []
 
 "#,
         version_number = if version.is_v2() { 3 } else { 2 },
@@ -77,11 +92,15 @@ disable = true
             continue;
         }
         let table = format!("plugins.\"{runtime}\".containerd.runtimes.{handler}");
-        let sandboxer = if handler == SANDBOXER_HANDLER { "sandboxer = \"shim\"\n" } else { "" };
+        let special = match handler {
+            SANDBOXER_HANDLER => "sandboxer = \"shim\"\n",
+            BLOCK_HANDLER if version != Version::V1_6 => "snapshotter = \"blockfile\"\n",
+            _ => "",
+        };
         let _ = write!(
             text,
             "[{table}]\nruntime_type = \"io.containerd.bulkhead.v2\"\npod_annotations = [\"bulkhead.io/*\"]\n\
-             container_annotations = [\"bulkhead.io/*\"]\nprivileged_without_host_devices = true\n{sandboxer}\n\
+             container_annotations = [\"bulkhead.io/*\"]\nprivileged_without_host_devices = true\n{special}\n\
              [{table}.options]\nTypeUrl = \"runtimeoptions.v1.Options\"\nConfigPath = \"{root}/{file}\"\n\n"
         );
     }

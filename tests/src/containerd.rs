@@ -29,6 +29,9 @@ use crate::tools::{self, BulkheadTools, ContainerdTools, Version};
 /// containerd's namespace of everything that `ctr` makes.
 pub const CRI_NAMESPACE: &str = "k8s.io";
 
+/// Size of a container's root file system on the blockfile snapshotter.
+const SCRATCH_BYTES: u64 = 32 << 20;
+
 /// Paths of a node.
 #[derive(Debug, Clone)]
 pub struct Layout {
@@ -112,6 +115,9 @@ impl Node {
         }
         let network = Network::configure(&name, &layout.root.join("cni"))?;
         let cgroups = Subtree::new(&name)?;
+        let scratch = layout.root.join(config::SCRATCH_FILE);
+        fs::File::create(&scratch).and_then(|file| file.set_len(SCRATCH_BYTES)).context("make a scratch file")?;
+        Run::new("/sbin/mkfs.ext4").args(["-q", "-O", "^has_journal"]).arg(&scratch).success()?;
         fs::write(layout.root.join("containerd.toml"), config::containerd(version, &layout, &runc))?;
         let node = Self {
             version,

@@ -484,7 +484,12 @@ async fn assemble(
         stopwatch.note(&format!("pod.{}", plain(&stage.name)), Duration::from_micros(stage.elapsed_us));
     }
     alive(&request.cancel)?;
-    Ok(Access { sandbox_id: identity.sandbox_id.clone(), guest, listener, place: Place { host, share } })
+    Ok(Access {
+        sandbox_id: identity.sandbox_id.clone(),
+        guest,
+        listener,
+        place: Place { host, share, disks: vm.disks() },
+    })
 }
 
 async fn blocking<T: Send + 'static>(

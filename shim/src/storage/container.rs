@@ -1,31 +1,37 @@
-//! Everything that one container has in the share: its rootfs and its volumes, attached and detached as one.
+//! Everything of the host's that one container has: its volumes in the share, its rootfs there or on a disk. Attached and
+//! detached as one.
 
 use std::path::Path;
 
 use bulkhead_proto::agent::GuestMount;
 use serde_json::Value;
 
-use super::plan::{self, Mount};
-use super::rootfs;
+use super::plan::{self, Mount, RootfsPlan};
 use super::volume::{self, Owner};
+use super::{disk, rootfs};
+use crate::device::block::PluggedDisk;
 use crate::error::{Error, Result};
 use crate::host::HostThread;
 use crate::namespace::ShareRoot;
+use crate::vm::disks::Disks;
 
-/// Where a pod's storage is: the thread in whose mount namespace it lives, and the share.
+/// Where a pod's storage is: the thread in whose mount namespace it lives, the share, and the VM's disks.
 #[derive(Debug, Clone)]
 pub struct Place {
     /// Owns the mount namespace.
     pub host: HostThread,
     /// What virtiofsd serves.
     pub share: ShareRoot,
+    /// `None` where there is no VM to attach one to.
+    pub disks: Option<Disks>,
 }
 
-/// What a container has in the share until [`ContainerStorage::detach`], or until the pod ends.
+/// What a container has until [`ContainerStorage::detach`], or until the pod ends.
 #[derive(Debug)]
-#[must_use = "the share keeps it until it is detached"]
+#[must_use = "the pod keeps it until it is detached"]
 pub struct ContainerStorage {
     container_id: String,
+    disk: Option<PluggedDisk>,
 }
 
 impl ContainerStorage {
@@ -46,8 +52,14 @@ impl ContainerStorage {
         }
         let object = spec.as_object_mut().ok_or_else(|| Error::invalid("spec is not a JSON object"))?;
         object.insert("mounts".into(), Value::Array(volume_plan.guest_mounts.clone()));
-        let rootfs = rootfs::attach(&place.host, &place.share, owner.container_id, &rootfs_plan).await?;
-        let storage = Self { container_id: owner.container_id.to_owned() };
+        let (disk, rootfs) = match (&rootfs_plan, &place.disks) {
+            (RootfsPlan::Device(device), Some(disks)) if disk::fits(device) => {
+                let (disk, mount) = disk::attach(disks, owner.container_id, device).await?;
+                (Some(disk), vec![mount])
+            }
+            _ => (None, rootfs::attach(&place.host, &place.share, owner.container_id, &rootfs_plan).await?),
+        };
+        let storage = Self { container_id: owner.container_id.to_owned(), disk };
         match volume::attach(&place.host, &place.share, owner.container_id, &volume_plan).await {
             Ok(()) => Ok((storage, rootfs)),
             Err(error) => {
@@ -59,8 +71,12 @@ impl ContainerStorage {
         }
     }
 
-    /// Takes rootfs and volumes out of the share. The guest must have let go of them before.
+    /// Takes rootfs and volumes from the guest, which must have let go of them before. Tries both.
     pub async fn detach(self, place: &Place) -> Result<()> {
-        rootfs::detach(&place.host, &place.share, &self.container_id).await
+        let detached = rootfs::detach(&place.host, &place.share, &self.container_id).await;
+        match (&self.disk, &place.disks) {
+            (Some(disk), Some(disks)) => detached.and(disk::detach(disks, disk).await),
+            _ => detached,
+        }
     }
 }

@@ -1,11 +1,10 @@
 //! The rootfs plan: from the mounts that containerd hands over to one way into the guest. Pure.
 //!
 //! What arrives depends on the snapshotter: an overlay or a bind (overlayfs, native), a file system on a block device
-//! (devmapper, zfs, btrfs), nothing at all (CRI-O, which mounts the rootfs itself and puts its path into the spec).
-//! The effects are in [`super::rootfs`].
+//! (devmapper, zfs, btrfs) or in an image file (blockfile), nothing at all (CRI-O, which mounts the rootfs itself and puts
+//! its path into the spec). The effects are in [`super::disk`], for devices whose file system the guest can mount itself,
+//! and in [`super::rootfs`], for all that is mounted on the host and shared by virtiofs.
 //!
-//! Today every plan is mounted on the host and shared by virtiofs. [`RootfsPlan::Device`] names its file system and device
-//! separately, which is what attaching it to the guest as a disk takes.
 //! See <https://github.com/containerd/containerd/blob/main/docs/snapshotters/README.md> and mount(8).
 
 use std::path::{Component, Path, PathBuf};
@@ -43,7 +42,7 @@ pub enum RootfsPlan {
         /// Not even the guest may write.
         read_only: bool,
     },
-    /// A file system on a block device of the host.
+    /// A file system on a block device of the host, or in an image file.
     Device(Device),
 }
 
@@ -69,12 +68,12 @@ pub struct Upper {
     pub workdir: String,
 }
 
-/// A block device with a file system.
+/// A block device, or an image file, with a file system.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Device {
     /// `ext4`, `xfs`, `btrfs`, `erofs`, `zfs`.
     pub fstype: String,
-    /// Path of the device; for zfs the name of the dataset.
+    /// Path of the device or file; for zfs the name of the dataset.
     pub source: String,
     /// Options for the file system (`nouuid`).
     pub options: Vec<String>,
@@ -205,13 +204,9 @@ fn plan_overlay(options: Options) -> Result<Overlay> {
 }
 
 fn plan_device(mount: &Mount, options: Options) -> Result<Device> {
-    if options
-        .data
-        .iter()
-        .any(|option| option == "loop" || option.starts_with("loop=") || option.starts_with("device="))
-    {
+    if let Some(option) = options.data.iter().find(|option| option.starts_with("device=")) {
         return Err(Error::invalid(format!(
-            "rootfs: {} in the image file {:?} is not supported; accepted are block devices, or a snapshotter that mounts its layers itself, such as overlayfs",
+            "rootfs: option {option:?} of {} on {:?} is not supported; accepted is one device, or a snapshotter that mounts its layers itself, such as overlayfs",
             mount.fstype, mount.source
         )));
     }
@@ -222,7 +217,8 @@ fn plan_device(mount: &Mount, options: Options) -> Result<Device> {
         fstype: mount.fstype.clone(),
         source: mount.source.clone(),
         read_only: options.read_only || mount.fstype == "erofs",
-        options: options.data,
+        // An image file needs no loop device to become a disk.
+        options: options.data.into_iter().filter(|option| option != "loop").collect(),
     })
 }
 
@@ -336,6 +332,7 @@ mod tests {
             ("bind without a type", mount("none", "/native/3", &["bind"])),
             ("devmapper ext4", mount("ext4", "/dev/mapper/pool-snap-1", &[])),
             ("devmapper xfs", mount("xfs", "/dev/mapper/pool-snap-1", &["nouuid"])),
+            ("blockfile", mount("ext4", "/blockfile/snapshots/3", &["loop"])),
             ("btrfs", mount("btrfs", "/dev/vdb", &["subvol=/active/3", "ro"])),
             ("zfs", mount("zfs", "tank/containerd/3", &[])),
         ];
@@ -365,7 +362,7 @@ mod tests {
     #[test]
     fn what_cannot_be_mounted_is_refused_by_name() {
         assert!(refusal(&[mount("fuse3.fuse-overlayfs", "overlay", &[])]).contains("\"fuse3.fuse-overlayfs\""));
-        assert!(refusal(&[mount("ext4", "/images/a.img", &["loop"])]).contains("image file \"/images/a.img\""));
+        assert!(refusal(&[mount("erofs", "/l.erofs", &["device=/b.erofs"])]).contains("device=/b.erofs"));
         assert!(refusal(&[mount("erofs", "/l.erofs", &["X-containerd.dmverity=/x"])]).contains("dmverity"));
         assert!(refusal(&[mount("overlay", "overlay", &["lowerdir=a"])]).contains("\"a\""));
         assert!(refusal(&[mount("overlay", "overlay", &["lowerdir=/a", "upperdir=/b"])]).contains("workdir"));

@@ -8,21 +8,20 @@ pub mod asset;
 pub mod clock;
 pub mod cmdline;
 pub mod config;
+pub mod disks;
 
 use std::future::Future;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio_util::task::TaskTracker;
 
-use crate::device::block::{Disk, PluggedDisk};
+use crate::device::Device;
 use crate::device::file::FileRole;
-use crate::device::slots::{Luns, SlotError};
-use crate::device::{Device, DeviceId};
+use crate::device::slots::SlotError;
 use crate::error;
 use crate::host::HostThread;
 use crate::process::{Child, ChildConfig, ChildExit, Credentials, Namespaces};
@@ -31,6 +30,7 @@ use crate::tail::Tail;
 use crate::timeouts;
 use crate::vm::cmdline::CommandLine;
 use crate::vm::config::VmConfig;
+use crate::vm::disks::Disks;
 
 /// How much of the console is kept.
 const CONSOLE_TAIL: usize = 64 << 10;
@@ -80,9 +80,6 @@ pub enum VmError {
         /// Its answer.
         source: QmpError,
     },
-    /// The VM has no controller for disks.
-    #[error("the VM was planned without disks")]
-    NoController,
     /// Killing QEMU failed.
     #[error("{0:#}")]
     Kill(anyhow::Error),
@@ -92,7 +89,7 @@ impl From<VmError> for error::Error {
     fn from(error: VmError) -> Self {
         let kind = match &error {
             VmError::NoKvm(_) | VmError::Asset(_) => error::Kind::FailedPrecondition,
-            VmError::Slots(_) | VmError::NoController => error::Kind::InvalidArgument,
+            VmError::Slots(_) => error::Kind::InvalidArgument,
             VmError::Ended { .. } | VmError::Qmp { source: QmpError::Closed { .. }, .. } => error::Kind::Unavailable,
             VmError::Deadline { .. } | VmError::Qmp { source: QmpError::Deadline { .. }, .. } => {
                 error::Kind::DeadlineExceeded
@@ -125,8 +122,7 @@ pub struct Vm {
     child: Child,
     qmp: Qmp,
     console: Tail,
-    controller: Option<DeviceId>,
-    luns: Mutex<Luns>,
+    disks: Option<Disks>,
     tasks: TaskTracker,
 }
 
@@ -172,11 +168,11 @@ impl Vm {
             Ok(qmp) => qmp,
             Err(source) => return Err(not_started(&child, &tail, what, source).await),
         };
-        let controller = config.devices.iter().find_map(|device| match device {
-            Device::Scsi(controller) => Some(controller.id.clone()),
+        let disks = config.devices.iter().find_map(|device| match device {
+            Device::Scsi(controller) => Some(Disks::new(qmp.clone(), controller.id.clone())),
             _ => None,
         });
-        Ok(Self { child, qmp, console: tail, controller, luns: Mutex::default(), tasks })
+        Ok(Self { child, qmp, console: tail, disks, tasks })
     }
 
     /// The QEMU process.
@@ -217,22 +213,9 @@ impl Vm {
         }
     }
 
-    /// Attaches `disk`, whose content `file` is; the guest finds it by its serial. Not cancel safe: run it as a job.
-    pub async fn plug(&self, disk: &Disk, file: OwnedFd) -> Result<PluggedDisk, VmError> {
-        let controller = self.controller.as_ref().ok_or(VmError::NoController)?;
-        let lun = self.luns.lock().unwrap_or_else(PoisonError::into_inner).take()?;
-        disk.plug(&self.qmp, controller, lun, file).await.map_err(|source| {
-            self.luns.lock().unwrap_or_else(PoisonError::into_inner).give_back(lun);
-            VmError::Qmp { what: format!("plug disk {}", disk.id), source }
-        })
-    }
-
-    /// Detaches a disk that the guest has let go of. Safe to repeat. Not cancel safe: run it as a job.
-    pub async fn unplug(&self, disk: &PluggedDisk) -> Result<(), VmError> {
-        let unplugged = disk.unplug(&self.qmp).await;
-        unplugged.map_err(|source| VmError::Qmp { what: format!("unplug disk {}", disk.id), source })?;
-        self.luns.lock().unwrap_or_else(PoisonError::into_inner).give_back(disk.lun);
-        Ok(())
+    /// Where disks are attached; `None` for a VM without a controller for them.
+    pub fn disks(&self) -> Option<Disks> {
+        self.disks.clone()
     }
 
     /// Waits for a guest that was asked to power off, for at most `grace`, then kills QEMU. Safe to repeat.

@@ -241,7 +241,7 @@ async fn boot(
     told.send(agent).ok().expect("the world waits for it");
     let share = root.join("share");
     let host = HostThread::start(namespace::prepare(share.clone()))?;
-    let place = Place { host, share: ShareRoot::new(share) };
+    let place = Place { host, share: ShareRoot::new(share), disks: None };
     let access = Access { sandbox_id: World::POD.into(), guest, listener, place };
     Ok(Pod::without_vm(access, lost))
 }
