@@ -19,6 +19,7 @@ pub mod floor;
 pub mod image;
 pub mod leaks;
 pub mod network;
+pub mod overhead;
 pub mod pod;
 pub mod process;
 pub mod row;

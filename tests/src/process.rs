@@ -1,6 +1,7 @@
 //! The machine's processes, as /proc tells them.
 
 use std::fs;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::sys::signal::{Signal, kill};
@@ -83,12 +84,32 @@ impl Process {
         namespace_of(&self.pid.to_string(), kind)
     }
 
-    /// Proportional share of memory in KiB.
-    pub fn pss_kib(&self) -> Result<u64> {
-        let path = format!("/proc/{}/smaps_rollup", self.pid);
+    /// Proportional share of memory in KiB, but for what lies in memfds: a virtual machine's RAM.
+    pub fn pss_beyond_memfds_kib(&self) -> Result<u64> {
+        let path = format!("/proc/{}/smaps", self.pid);
         let text = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
-        let line = text.lines().find_map(|line| line.strip_prefix("Pss:")).context("no line Pss")?;
-        line.trim().trim_end_matches(" kB").trim().parse().with_context(|| format!("{path}: Pss {line}"))
+        let (mut counts, mut sum) = (true, 0);
+        for line in text.lines() {
+            let first = line.split_whitespace().next().unwrap_or_default();
+            if first.contains('-') {
+                counts = !line.contains(" /memfd:");
+            } else if counts && first == "Pss:" {
+                let kib = line.split_whitespace().nth(1).and_then(|kib| kib.parse::<u64>().ok());
+                sum += kib.with_context(|| format!("{path}: {line}"))?;
+            }
+        }
+        Ok(sum)
+    }
+
+    /// CPU time used so far.
+    pub fn cpu_time(&self) -> Result<Duration> {
+        let path = format!("/proc/{}/stat", self.pid);
+        let stat = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
+        // utime and stime are fields 14 and 15 of proc(5), counted from 1; the name may hold blanks.
+        let fields = stat.rsplit_once(')').map(|(_, rest)| rest.split_whitespace().skip(11).take(2));
+        let ticks = fields.into_iter().flatten().map(|field| field.parse::<u64>().ok()).sum::<Option<u64>>();
+        let rate = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK)?.context("the clock has no rate")?;
+        Ok(Duration::from_millis(ticks.with_context(|| format!("{path}: {stat}"))? * 1000 / u64::try_from(rate)?))
     }
 
     /// Sends it a signal.

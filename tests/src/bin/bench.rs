@@ -19,6 +19,7 @@ use bulkhead_tests::faults::{self, Part};
 use bulkhead_tests::figure::{Figures, Samples, Verdict, parse_stages};
 use bulkhead_tests::floor::BareBoot;
 use bulkhead_tests::leaks;
+use bulkhead_tests::overhead;
 use bulkhead_tests::pod::{Pod, PodSpec};
 use bulkhead_tests::process::Process;
 use bulkhead_tests::row::Runtime;
@@ -110,7 +111,7 @@ fn measure_all(node: &Arc<Node>, tools: &BulkheadTools, rounds: usize) -> Result
         let pod = Pod::start(node, runtime.handler(), PodSpec::new())?;
         // What was needed only to start is given back a moment later.
         pause(Duration::from_secs(5));
-        report.memory.insert(runtime.name(), memory(&pod)?);
+        report.memory.insert(runtime.name(), overhead::host_memory(&pod)?);
         if runtime == Runtime::Bulkhead {
             let qemu = faults::find(node, &pod.id, Part::Qemu)?;
             report.guest_ram_kib = guest_ram_kib(&qemu)?;
@@ -195,20 +196,6 @@ fn streams(node: &Arc<Node>, runtime: Runtime, figures: &mut Figures, rounds: us
     pod.remove_by_force()
 }
 
-/// PSS of every host process of an idle pod.
-fn memory(pod: &Pod) -> Result<Vec<(String, u64)>> {
-    let shims = faults::find_all(&pod.node, &pod.id, Part::Shim)?;
-    let mut processes: Vec<Process> = Vec::new();
-    for shim in shims {
-        let below = Process::descendants(shim.pid)?;
-        processes.push(shim);
-        processes.extend(below);
-    }
-    ensure!(!processes.is_empty(), "pod {} has no processes", pod.id);
-    let living = processes.into_iter().filter(|process| process.state != 'Z');
-    living.map(|process| Ok((process.name.clone(), process.pss_kib()?))).collect()
-}
-
 /// Pages of the guest's memory that exist: the blocks of QEMU's memfd.
 fn guest_ram_kib(qemu: &Process) -> Result<u64> {
     let directory = format!("/proc/{}/fd", qemu.pid);
@@ -270,7 +257,7 @@ fn print_report(report: &Report, verdicts: &[Verdict]) {
     }
     let bare = report.bare_boot.median().unwrap_or(f64::NAN);
     println!("{:<38} {:>10} {bare:>10.1}", "bare boot (ms)", "");
-    println!("\nPSS of an idle pod's processes on the host");
+    println!("\nPSS of an idle pod's processes on the host, without the guest's RAM");
     for (runtime, processes) in &report.memory {
         for (name, kib) in processes {
             println!("  {runtime:<10} {name:<18} {kib:>8} KiB");
