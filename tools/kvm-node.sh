@@ -8,7 +8,7 @@
 # image; its root is this machine's own `/`, shared read-only by virtiofs under a tmpfs, so every program and file is
 # there under its own path and nothing the command writes survives; /run, /tmp and /var/lib/containerd start empty. The
 # command runs as root in the current directory, with PATH, HOME and the BULKHEAD_* and CARGO_* variables of the
-# caller; its output and exit status are this script's.
+# caller; its output and exit status are this script's, or 125 when the node itself came to an end before the command did.
 # BULKHEAD_NODE_MEMORY (MiB), BULKHEAD_NODE_CPUS and BULKHEAD_NODE_TIMEOUT (seconds) change the size and the deadline.
 set -euo pipefail
 
@@ -178,7 +178,8 @@ wait "$output"
 status=$(tr -d '\r\n' <"$work/status")
 if [[ ! $status =~ ^[0-9]+$ ]]; then
     tail -n 40 "$work/console.log" "$work/qemu.log" >&2
-    die "the node ended without an exit status of the command; above is the end of its console"
+    say "the node ended without an exit status of the command; above is the end of its console"
+    exit 125
 fi
 grep '^kvm-node:' "$work/console.log" >&2 || true
 exit "$status"
