@@ -1,7 +1,9 @@
-//! What shim and agent agree on: the gRPC messages ([`agent`]) and the framing of connections ([`wire`]).
+//! What shim and agent agree on: the gRPC messages ([`agent`]), the framing of connections ([`wire`]), and the one thing
+//! that both do in the same way, to carry a TCP connection ([`bridge`]).
 //!
-//! Both sides depend on this crate and never on each other. It does no I/O.
+//! Both sides depend on this crate and never on each other. Apart from the bridge it does no I/O.
 
+pub mod bridge;
 pub mod wire;
 
 /// Messages, client and server of the agent's API, generated from `proto/agent.proto`.

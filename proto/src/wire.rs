@@ -19,6 +19,8 @@
 //! the receiver then closes the connection, and the sender waits for that, with a deadline, before it closes. Nobody calls
 //! `shutdown(2)`. A connection that ends without the end frame has lost bytes.
 //!
+//! A forwarded TCP connection is two streams, one each way ([`crate::bridge`]). There a stream can also end by [`RESET`].
+//!
 //! Why not plain bytes and a half-close: not every vsock device passes a half-close on (`vhost-device-vsock` 0.3 does not), a
 //! connection that breaks must not look like one that ended, and Linux drops what a socket still holds when its peer closes
 //! first. Framed, a stream is whole whatever lies between.
@@ -111,6 +113,9 @@ pub const FRAME_HEADER: usize = 4;
 /// The frame that ends a stream.
 pub const END: [u8; FRAME_HEADER] = [0; FRAME_HEADER];
 
+/// In the place of [`END`]: the sender's TCP connection was reset. What was sent before it counts.
+pub const RESET: [u8; FRAME_HEADER] = [0xff; FRAME_HEADER];
+
 /// The header of a frame with `length` bytes, 1 to [`MAX_FRAME`].
 pub fn frame_header(length: usize) -> [u8; FRAME_HEADER] {
     debug_assert!((1..=MAX_FRAME).contains(&length), "a frame has 1 to {MAX_FRAME} bytes, not {length}");
@@ -121,6 +126,13 @@ pub fn frame_header(length: usize) -> [u8; FRAME_HEADER] {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("stream frame of {0} bytes, at most {MAX_FRAME} are allowed")]
 pub struct FrameTooLong(pub u32);
+
+impl FrameTooLong {
+    /// True for [`RESET`], which only a forwarded connection has a use for.
+    pub fn is_reset(self) -> bool {
+        self.0 == u32::from_le_bytes(RESET)
+    }
+}
 
 /// Takes frames apart, however the connection cuts them. Holds no payload.
 #[derive(Debug, Default)]
@@ -230,6 +242,18 @@ mod tests {
     #[test]
     fn a_frame_that_is_too_long_is_refused() {
         let header = (MAX_FRAME as u32 + 1).to_le_bytes();
-        assert_eq!(Deframer::default().next(&mut &header[..]), Err(FrameTooLong(MAX_FRAME as u32 + 1)));
+        let refused = Deframer::default().next(&mut &header[..]).expect_err("is too long");
+        assert_eq!(refused, FrameTooLong(MAX_FRAME as u32 + 1));
+        assert!(!refused.is_reset());
+    }
+
+    #[test]
+    fn a_reset_comes_behind_what_was_sent_before_it() {
+        let bytes = [frame_header(2).as_slice(), b"hi", &RESET].concat();
+        let mut input = bytes.as_slice();
+        let mut deframer = Deframer::default();
+        assert_eq!(deframer.next(&mut input), Ok(Some(&b"hi"[..])));
+        assert!(deframer.next(&mut input).expect_err("is no frame").is_reset());
+        assert!(!deframer.ended());
     }
 }
