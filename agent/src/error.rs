@@ -47,6 +47,11 @@ impl Error {
         Self { code: Code::DeadlineExceeded, text: text.into() }
     }
 
+    /// There is no room for it at the moment.
+    pub fn exhausted(text: impl Into<String>) -> Self {
+        Self { code: Code::ResourceExhausted, text: text.into() }
+    }
+
     /// The caller is not who it must be.
     pub fn denied(text: impl Into<String>) -> Self {
         Self { code: Code::PermissionDenied, text: text.into() }

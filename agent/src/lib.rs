@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! init ──> server ──> pod ──> sandbox ──> network
+//!                      ├────> forward ──> link ──> host
 //!                      └────> container ──> process ──> stdio ──> link ──> host
 //!                                  ├──> mount ──> device
 //!                                  ├──> cgroup ──> filter
@@ -17,6 +18,7 @@ pub mod device;
 pub mod error;
 pub mod events;
 pub mod filter;
+pub mod forward;
 pub mod init;
 pub mod link;
 pub mod metrics;

@@ -18,9 +18,9 @@ use tokio::sync::Notify;
 use tokio_vsock::VsockStream;
 use tonic::{Request, Response, Status};
 
-use crate::clock;
 use crate::error::{During, Error, Result};
 use crate::pod::Pod;
+use crate::{clock, forward};
 
 /// First and longest pause between two attempts to reach the host.
 const REDIAL: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
@@ -198,6 +198,11 @@ impl Agent for Connection {
     async fn list_processes(&self, request: Request<api::ListProcessesRequest>) -> Reply<api::ListProcessesResponse> {
         let guest_pids = self.pod()?.processes(&request.into_inner().container_id).await?;
         Ok(Response::new(api::ListProcessesResponse { guest_pids }))
+    }
+
+    async fn forward(&self, request: Request<api::ForwardRequest>) -> Reply<api::ForwardResponse> {
+        forward::open(self.pod()?.services(), &request.into_inner()).await?;
+        Ok(Response::new(api::ForwardResponse {}))
     }
 
     type EventsStream = Pin<Box<dyn Stream<Item = std::result::Result<api::Event, Status>> + Send>>;

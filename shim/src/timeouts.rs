@@ -12,6 +12,9 @@ pub const AGENT_CALL: Duration = Duration::from_secs(30);
 pub const AGENT_CREATE: Duration = Duration::from_mins(1);
 /// The guest's side of a stream dials in after it was asked to.
 pub const STREAM_DIAL: Duration = Duration::from_secs(30);
+/// A forwarded connection is up: the guest has dialled the port, which it tries for five seconds on each of two addresses,
+/// and both streams.
+pub const FORWARD_OPEN: Duration = Duration::from_secs(20);
 /// Silence of the guest (events carry a heartbeat each two seconds) after which it counts as hung.
 pub const HEARTBEAT: Duration = Duration::from_secs(30);
 /// Output that is still on its way when a process has exited.

@@ -215,6 +215,20 @@ impl Guest {
         .map(drop)
     }
 
+    /// Connects to a port of the pod's loopback; the guest then dials the two streams. Tried once: see the API.
+    pub async fn forward(&self, port: u16, to_guest: Token, from_guest: Token) -> Result<()> {
+        let request = agent::ForwardRequest {
+            port: port.into(),
+            to_guest_token: to_guest.to_vec(),
+            from_guest_token: from_guest.to_vec(),
+        };
+        let client = self.client.borrow().clone();
+        let mut client = client.ok_or_else(|| Error::unavailable("the guest is not connected"))?;
+        let answer = timeout(timeouts::AGENT_CALL, client.forward(request)).await;
+        let answer = answer.map_err(|_| Error::deadline("forward: no answer from the guest"))?;
+        answer.map(drop).map_err(|status| from_status(&status))
+    }
+
     /// Ends every container, syncs, and powers the guest off.
     pub async fn shutdown(&self) -> Result<()> {
         self.call("shut the guest down", timeouts::GUEST_SHUTDOWN, |mut client| async move {

@@ -10,10 +10,11 @@ use std::sync::{Arc, Mutex};
 
 use bulkhead_proto::agent::agent_server::{Agent, AgentServer};
 use bulkhead_proto::agent::{self, Event, event};
+use bulkhead_proto::bridge;
 use bulkhead_proto::wire::{self, Deframer, Kind, Preamble, Token};
 use futures::Stream;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::UnixStream;
+use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Request, Response, Status};
@@ -311,6 +312,26 @@ impl Agent for FakeAgent {
 
     async fn list_processes(&self, _: Request<agent::ListProcessesRequest>) -> Answer<agent::ListProcessesResponse> {
         Ok(Response::new(agent::ListProcessesResponse { guest_pids: vec![7] }))
+    }
+
+    async fn forward(&self, request: Request<agent::ForwardRequest>) -> Answer<agent::ForwardResponse> {
+        let request = request.into_inner();
+        let service = std::net::TcpStream::connect(("127.0.0.1", u16::try_from(request.port).expect("a port")));
+        let service = service.map_err(|_| Status::failed_precondition("nothing listens"))?;
+        service.set_nonblocking(true).expect("can be");
+        let service = TcpStream::from_std(service).expect("can be watched");
+        bridge::arm(&service).expect("arms");
+        let token = |bytes: &[u8]| Token::try_from(bytes).expect("a token");
+        let (inbound, outbound) = (token(&request.to_guest_token), token(&request.from_guest_token));
+        let socket = self.socket.clone();
+        // Ends with its connection.
+        tokio::task::spawn(async move {
+            let inbound = dial(&socket, Kind::Stream, inbound).await;
+            let outbound = dial(&socket, Kind::Stream, outbound).await;
+            // The test sees how it ended from the other side.
+            drop(bridge::bridge(service, inbound, outbound).await);
+        });
+        Ok(Response::new(agent::ForwardResponse {}))
     }
 
     type EventsStream = Pin<Box<dyn Stream<Item = Result<Event, Status>> + Send>>;
