@@ -97,6 +97,117 @@ pub fn open_tap(name: &str) -> io::Result<OwnedFd> {
     if result == 0 { Ok(file.into()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// A command of bpf(2) whose answer is a new file; `attr` is the part of `union bpf_attr` that the command reads.
+///
+/// Pointers in `attr` must be valid through the call; the callers below are all that there are.
+#[expect(unsafe_code, reason = "no crate wraps bpf(2) without a compiler or an object file")]
+fn bpf<T>(command: libc::c_int, attr: &T) -> io::Result<libc::c_long> {
+    // SAFETY: the kernel reads `size_of::<T>()` bytes at the address, takes what is missing of the union for zero, and
+    // keeps no pointer to it.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attr), size_of::<T>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+#[expect(unsafe_code, reason = "bpf(2) returns numbers")]
+fn bpf_file<T>(command: libc::c_int, attr: &T) -> io::Result<OwnedFd> {
+    let number = bpf(command, attr)?;
+    // SAFETY: the callers' commands return a file that was opened for this call, close-on-exec, and nobody else knows it.
+    Ok(unsafe { OwnedFd::from_raw_fd(number as RawFd) })
+}
+
+/// Makes a BPF map of sockets (`BPF_MAP_TYPE_SOCKMAP`) with one place, and puts `socket` there.
+///
+/// The map does not keep the socket open.
+pub fn bpf_socket_map(socket: &impl AsFd) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Create {
+        map_type: u32,
+        key_size: u32,
+        value_size: u32,
+        max_entries: u32,
+    }
+    #[repr(C)]
+    struct Update {
+        map_fd: u32,
+        padding: u32,
+        key: u64,
+        value: u64,
+        flags: u64,
+    }
+    const MAP_CREATE: libc::c_int = 0;
+    const MAP_UPDATE_ELEM: libc::c_int = 2;
+    const SOCKMAP: u32 = 15;
+    let map = bpf_file(MAP_CREATE, &Create { map_type: SOCKMAP, key_size: 4, value_size: 4, max_entries: 1 })?;
+    let (key, value) = (0_u32, socket.as_fd().as_raw_fd() as u32);
+    let update = Update {
+        map_fd: map.as_raw_fd() as u32,
+        padding: 0,
+        key: std::ptr::from_ref(&key) as u64,
+        value: std::ptr::from_ref(&value) as u64,
+        flags: 0,
+    };
+    bpf(MAP_UPDATE_ELEM, &update)?;
+    Ok(map)
+}
+
+/// Loads a program that decides which socket takes a connection (`BPF_PROG_TYPE_SK_LOOKUP`, Linux 5.9).
+///
+/// The kernel verifies it; a refusal is `EINVAL` or `EACCES`.
+pub fn bpf_socket_lookup(instructions: &[u64]) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Load {
+        prog_type: u32,
+        insn_cnt: u32,
+        insns: u64,
+        license: u64,
+        log_level: u32,
+        log_size: u32,
+        log_buf: u64,
+        kern_version: u32,
+        prog_flags: u32,
+        prog_name: [u8; 16],
+        prog_ifindex: u32,
+        expected_attach_type: u32,
+    }
+    const PROG_LOAD: libc::c_int = 5;
+    const SK_LOOKUP: u32 = 30;
+    let license = c"Apache-2.0";
+    let load = Load {
+        prog_type: SK_LOOKUP,
+        insn_cnt: instructions.len() as u32,
+        insns: instructions.as_ptr() as u64,
+        license: license.as_ptr() as u64,
+        log_level: 0,
+        log_size: 0,
+        log_buf: 0,
+        kern_version: 0,
+        prog_flags: 0,
+        prog_name: *b"bulkhead_fwd\0\0\0\0",
+        prog_ifindex: 0,
+        expected_attach_type: BPF_SK_LOOKUP,
+    };
+    bpf_file(PROG_LOAD, &load)
+}
+
+/// Attach type of socket lookups.
+const BPF_SK_LOOKUP: u32 = 36;
+
+/// Attaches a program of [`bpf_socket_lookup`] to a network namespace, for as long as the returned file is open.
+///
+/// It keeps neither the namespace nor a socket in it alive.
+pub fn bpf_link(program: &impl AsFd, netns: &impl AsFd) -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct Create {
+        prog_fd: u32,
+        target_fd: u32,
+        attach_type: u32,
+        flags: u32,
+    }
+    const LINK_CREATE: libc::c_int = 28;
+    let (program, netns) = (program.as_fd().as_raw_fd() as u32, netns.as_fd().as_raw_fd() as u32);
+    bpf_file(LINK_CREATE, &Create { prog_fd: program, target_fd: netns, attach_type: BPF_SK_LOOKUP, flags: 0 })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -126,6 +237,19 @@ mod tests {
     fn only_a_vhost_vsock_takes_a_guest_cid() {
         let null = std::fs::File::open("/dev/null").expect("opens");
         assert_eq!(set_guest_cid(&null, 3).expect_err("is another file").raw_os_error(), Some(libc::ENOTTY));
+    }
+
+    #[test]
+    fn the_verifier_s_refusal_is_an_error() {
+        // exit, without a result.
+        let error = bpf_socket_lookup(&[0x95]).expect_err("is refused");
+        assert!(matches!(error.raw_os_error(), Some(libc::EACCES | libc::EINVAL | libc::EPERM)), "{error}");
+    }
+
+    #[test]
+    fn only_a_socket_goes_into_a_map_of_sockets() {
+        let file = std::fs::File::open("/dev/null").expect("opens");
+        assert!(bpf_socket_map(&file).is_err());
     }
 
     #[test]

@@ -6,9 +6,13 @@
 //!
 //! Owned by the sandbox. A tap ends with the last process that has its file; the queueing discipline on the CNI's link does
 //! not, so it is journalled before it is made ([`Link`]) and [`detach`]ed at the end. Nothing here names a QEMU option.
+//!
+//! What the host dials on the namespace's own loopback, as a port-forward does, is [`steer`]ed to a proxy ([`forward`]).
 
+pub mod forward;
 pub mod netns;
 pub mod redirect;
+pub mod steer;
 pub mod tap;
 
 use std::path::{Path, PathBuf};

@@ -26,7 +26,7 @@ use crate::error::{Error, Kind, Result, WithKind};
 use crate::timeouts;
 
 /// Path of the calling thread's network namespace.
-const OWN: &str = "/proc/thread-self/ns/net";
+pub(super) const OWN: &str = "/proc/thread-self/ns/net";
 
 /// Runs `job` inside the network namespace at `path`, with a netlink connection to it, under a deadline.
 ///

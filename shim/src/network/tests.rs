@@ -15,10 +15,10 @@ use super::*;
 use crate::error::Kind;
 
 /// A named network namespace that goes with the value.
-struct Netns(String);
+pub(super) struct Netns(String);
 
 impl Netns {
-    fn new() -> Option<Self> {
+    pub(super) fn new() -> Option<Self> {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         if !rustix::process::geteuid().is_root() {
             println!("skipped: network namespaces need root");
@@ -29,12 +29,12 @@ impl Netns {
         Some(Self(name))
     }
 
-    fn path(&self) -> PathBuf {
+    pub(super) fn path(&self) -> PathBuf {
         Path::new("/run/netns").join(&self.0)
     }
 
     /// `ip` with `args`, separated by spaces, in this namespace.
-    fn ip(&self, args: &str) -> String {
+    pub(super) fn ip(&self, args: &str) -> String {
         let args: Vec<&str> = ["-n", &self.0].into_iter().chain(args.split(' ')).collect();
         run("ip", &args)
     }

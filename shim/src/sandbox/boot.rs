@@ -36,6 +36,7 @@ use crate::guest::listener::{Listener, ListenerTask};
 use crate::guest::transport::{Transport, TransportLaunch};
 use crate::host::HostThread;
 use crate::namespace::{self, ShareRoot};
+use crate::network::forward::Forward;
 use crate::network::{self, PodNetwork};
 use crate::process::{Child, ChildExit, Credentials};
 use crate::sandbox::CreateTask;
@@ -191,6 +192,7 @@ struct Parts {
     vm: Option<Vm>,
     guest: Option<Guest>,
     guest_task: Option<GuestTask>,
+    forward: Option<Forward>,
     /// In place of a VM's end; see [`Pod::without_vm`].
     lost: Option<CancellationToken>,
 }
@@ -218,6 +220,7 @@ impl Parts {
         {
             tracing::error!(%error, "QEMU is left");
         }
+        let forward = end_forward(self.forward.take()).await;
         if let Some(task) = self.guest_task.take() {
             task.close().await;
         }
@@ -229,7 +232,7 @@ impl Parts {
         if let Some(task) = self.listener_task.take() {
             task.close().await;
         }
-        let mut failed: Vec<String> = [transport, share, network].into_iter().flatten().collect();
+        let mut failed: Vec<String> = [forward, transport, share, network].into_iter().flatten().collect();
         if let Some(cgroup) = self.cgroup.take()
             && let Err(error) = cgroup.remove().await
         {
@@ -246,6 +249,11 @@ impl Parts {
             (false, _) => tracing::error!(error = failed.join("; "), "teardown is incomplete; delete will try again"),
         }
     }
+}
+
+async fn end_forward(forward: Option<Forward>) -> Option<String> {
+    let forward = forward?;
+    forward.close().await.err().map(|error| format!("port-forward: {error}"))
 }
 
 async fn end_transport(transport: Option<Transport>) -> Option<String> {
@@ -477,8 +485,12 @@ async fn assemble(
     stopwatch.note("guest.init", Duration::from_micros(hello.hello_answered_us.saturating_sub(hello.init_started_us)));
 
     let create = create_sandbox(&request.task, request.role, network);
-    let created =
-        vm.while_alive("make the guest a pod", timeouts::AGENT_CREATE, guest.create_sandbox(create)).await??;
+    let created = vm.while_alive("make the guest a pod", timeouts::AGENT_CREATE, guest.create_sandbox(create));
+    let forward = start_forward(plan.netns.as_deref(), &guest, &listener);
+    let (created, forward) = tokio::join!(created, forward);
+    // Before any `?`, as above.
+    parts.forward = forward;
+    let created = created??;
     stopwatch.lap("pod");
     for stage in created.stages.iter().take(16) {
         stopwatch.note(&format!("pod.{}", plain(&stage.name)), Duration::from_micros(stage.elapsed_us));
@@ -540,6 +552,17 @@ async fn attach_network(netns: Option<&std::path::Path>, journal: &Ledger) -> Re
         journal.record_blocking(links.iter().cloned().map(Entry::Link).collect())
     })
     .await
+}
+
+/// A pod without port-forward is a pod all the same: what stands in the way is told once.
+async fn start_forward(netns: Option<&std::path::Path>, guest: &Guest, streams: &Listener) -> Option<Forward> {
+    match Forward::start(netns?, guest.clone(), streams.clone()).await {
+        Ok(forward) => Some(forward),
+        Err(error) => {
+            tracing::warn!(%error, "port-forward does not work in this pod: its loopback cannot be steered");
+            None
+        }
+    }
 }
 
 /// The VM's devices, in the order of their slots, and the files behind them.
