@@ -6,7 +6,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 export BULKHEAD_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/bulkhead
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build guest install dist demo test test-kvm check fmt lint bench clean
+.PHONY: help setup build guest install dist demo test test-kvm critest check fmt lint bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ test: guest ## every test, under TCG
 
 test-kvm: guest ## the core of the tests inside a node with KVM, vhost and pure cgroup v2
 	tools/test-kvm.sh
+
+critest: guest ## the CRI's conformance suite, with runc and with Bulkhead (FOCUS=regex picks specs)
+	cargo run --locked --release -p bulkhead-tests --bin critest -- "$(FOCUS)"
 
 check: lint ## what must pass before a change lands: format, lints, dependencies, unit tests
 	tools/deny.sh

@@ -2,7 +2,7 @@
 # Installs what Bulkhead is built and tested with on Debian 12 or newer and Ubuntu, as root; `make setup` calls it.
 #
 # Distribution packages through apt (no daemon is started), Rust as rust-toolchain.toml pins it, a new enough Go,
-# virtiofsd from crates.io, crictl and two containerds from the Go modules under tests/tools.
+# virtiofsd from crates.io, crictl, critest and two containerds from the Go modules under tests/tools.
 # What is built lands under $BULKHEAD_CACHE/tools/NAME-VERSION, with a link NAME beside it
 # and the programs themselves linked into tools/bin; a second run takes seconds.
 set -euo pipefail
@@ -19,12 +19,12 @@ kernel_minimum=6.12
 packages=(
     bc bison build-essential busybox-static ca-certificates containerd containernetworking-plugins cpio curl
     e2fsprogs flex iproute2 iptables kmod libcap-ng-dev libelf-dev libseccomp-dev libssl-dev nftables pkg-config
-    procps qemu-system-x86 runc xz-utils
+    procps qemu-system-x86 runc util-linux xz-utils
 )
 
 say() { printf 'setup: %s\n' "$*"; }
 die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
-steps=8
+steps=9
 step=0
 next() { step=$((step + 1)); say "[$step/$steps, ${SECONDS}s] $*"; }
 
@@ -147,7 +147,7 @@ setup_go() {
 # which several versions are used side by side. Done on every run, as a checkout may go back to an older version.
 current() {
     ln -sfn "$1" "$tools/$2"
-    [[ $1 == containerd-* ]] || ln -sf "$tools/$2/bin/"* "$tools/bin/"
+    [[ $1 == containerd-* || ! -d $tools/$1/bin ]] || ln -sf "$tools/$2/bin/"* "$tools/bin/"
 }
 
 # Makes the finished DIRECTORY.new current.
@@ -196,6 +196,34 @@ setup_go_module() {
     publish "$name-$version" "$link"
 }
 
+# The conformance suite wants a web server in an image. Its packages are unpacked, not installed: an installed nginx would
+# start with the machine. Only the libraries that they need are installed.
+setup_nginx() {
+    local version directory=$tools/nginx.new package
+    [[ -n $(apt-cache show nginx 2>/dev/null) ]] || quietly "$cache/apt-update.log" apt-get update
+    version=$(apt-cache show --no-all-versions nginx | sed -n 's/^Version: //p')
+    next "nginx $version"
+    if present "nginx-$version" nginx; then return; fi
+    rm -rf "$directory"
+    mkdir -p "$directory/packages"
+    # Releases differ in which of the packages holds the program.
+    for package in nginx nginx-core nginx-common; do
+        (cd "$directory/packages" && quietly "$cache/nginx.log" apt-get download "$package")
+        dpkg-deb --extract "$directory/packages/$package"_*.deb "$directory"
+        [[ ! -x $directory/usr/sbin/nginx || $package == nginx-common ]] || local holder=$package
+    done
+    [[ -n ${holder-} ]] || die "neither nginx nor nginx-core has usr/sbin/nginx"
+    local -a libraries
+    mapfile -t libraries < <(dpkg-deb --field "$directory/packages/${holder}_"*.deb Depends | tr ',' '\n' |
+        sed -n 's/^ *\(lib\(c6\|crypt\|pcre\|ssl\)[^ (|]*\|zlib1g\).*/\1/p')
+    for package in "${libraries[@]}"; do
+        installed "$package" || apt_install "$package"
+    done
+    rm -r "$directory/packages"
+    mv -T "$directory" "$tools/nginx-$version"
+    current "nginx-$version" nginx
+}
+
 [[ $(uname -s)-$(uname -m) == Linux-x86_64 ]] || die "this is $(uname -s) on $(uname -m): only Linux on x86_64 is supported"
 command -v apt-get >/dev/null || die "apt-get was not found: Debian 12 or newer, or Ubuntu, is needed"
 ((EUID == 0)) || die "run as root: packages are installed, and everything that follows mounts and makes namespaces"
@@ -205,6 +233,7 @@ flock --nonblock "$lock" || { say "another run is at work, waiting"; flock "$loc
 
 setup_packages
 setup_rust
+setup_nginx
 setup_crate virtiofsd "$virtiofsd_version"
 setup_go
 setup_go_module cri-tools cri-tools sigs.k8s.io/cri-tools cmd/crictl cmd/critest

@@ -22,7 +22,7 @@ use tempfile::TempDir;
 use crate::cgroup::Subtree;
 use crate::command::{Run, wait_for, wait_until};
 use crate::config;
-use crate::image;
+use crate::image::{self, Image};
 use crate::network::Network;
 use crate::tools::{self, BulkheadTools, ContainerdTools, Version};
 
@@ -169,9 +169,14 @@ impl Node {
     }
 
     fn import_images(&self) -> Result<()> {
+        self.import(&image::common()?, &[CRI_NAMESPACE, self.name.as_str()])
+    }
+
+    /// Imports images into namespaces of containerd, CRI's among them, and waits until CRI knows them.
+    pub fn import(&self, images: &[Image], namespaces: &[&str]) -> Result<()> {
         let archive = self.layout.root.join("images.tar");
-        image::write_archive(&archive)?;
-        for namespace in [CRI_NAMESPACE, self.name.as_str()] {
+        image::write_archive(&archive, images)?;
+        for namespace in namespaces {
             Run::new(self.tools.directory.join("ctr"))
                 .arg("--address")
                 .arg(&self.layout.socket)
@@ -179,10 +184,11 @@ impl Node {
                 .arg(&archive)
                 .success()?;
         }
-        wait_for("the CRI plugin to know the images", Duration::from_secs(10), || {
-            self.crictl(&["inspecti", image::BUSYBOX]).success()?;
-            self.crictl(&["inspecti", image::PAUSE]).success()
-        })?;
+        for image in images {
+            wait_for("the CRI plugin to know the images", Duration::from_secs(10), || {
+                self.crictl(&["inspecti", &image.name]).success()
+            })?;
+        }
         Ok(())
     }
 

@@ -73,6 +73,19 @@ pub fn crictl() -> Result<PathBuf> {
         .context("crictl: run make setup")
 }
 
+/// Finds `critest`.
+pub fn critest() -> Result<PathBuf> {
+    find("BULKHEAD_CRITEST", tool_directories().into_iter().flat_map(|d| [d.join("critest"), d.join("bin/critest")]))
+        .context("critest: run make setup")
+}
+
+/// Finds the directory into which Debian's package of nginx was unpacked.
+pub fn nginx() -> Result<PathBuf> {
+    let candidates: Vec<_> = tool_directories().into_iter().map(|directory| directory.join("nginx")).collect();
+    let found = candidates.iter().find(|directory| directory.join("usr/sbin/nginx").is_file()).cloned();
+    found.with_context(|| format!("no nginx in {candidates:?}: run make setup"))
+}
+
 /// Finds `runc`.
 pub fn runc() -> Result<PathBuf> {
     find("BULKHEAD_RUNC", ["/usr/sbin/runc", "/usr/bin/runc"].map(PathBuf::from)).context("runc: run make setup")

@@ -1,0 +1,89 @@
+//! Runs critest, the CRI's conformance suite, with runc and with Bulkhead as the handler, and compares.
+//!
+//! An argument is a regular expression on the names of specs; without one every spec runs that needs no network:
+//! `cargo run -p bulkhead-tests --bin critest -- 'SeccompProfilePath'`, or `make critest FOCUS=SeccompProfilePath`.
+//! `BULKHEAD_TEST_RUNTIMES=bulkhead` leaves runc out; without that measure, every failure but the inherent ones counts.
+//! Reports and logs are kept under `target/critest`.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::{Result, ensure};
+use bulkhead_tests::containerd::{CRI_NAMESPACE, Node};
+use bulkhead_tests::critest::{self, report::Report, verdict};
+use bulkhead_tests::leaks;
+use bulkhead_tests::row::Runtime;
+use bulkhead_tests::tools::{BulkheadTools, Version};
+
+fn main() -> ExitCode {
+    let focus: Vec<_> = std::env::args().skip(1).filter(|argument| !argument.is_empty()).collect();
+    let wanted = std::env::var("BULKHEAD_TEST_RUNTIMES").ok();
+    let runtimes = [Runtime::Runc, Runtime::Bulkhead];
+    let runtimes: Vec<_> = runtimes
+        .into_iter()
+        .filter(|runtime| wanted.as_ref().is_none_or(|list| list.split(',').any(|name| name.trim() == runtime.name())))
+        .collect();
+    let focus = (!focus.is_empty()).then(|| focus.join("|"));
+    match run_suites(&runtimes, focus.as_deref()).and_then(|reports| tell(&reports)) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("critest: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Runs the suite with each of `runtimes`, on one containerd.
+fn run_suites(runtimes: &[Runtime], focus: Option<&str>) -> Result<Vec<(Runtime, Report)>> {
+    ensure!(!runtimes.is_empty(), "BULKHEAD_TEST_RUNTIMES names neither runc nor bulkhead");
+    let directory = critest::report_directory()?;
+    let node = Node::start(Version::V2_4, Some(&BulkheadTools::find()?))?;
+    let result = run_on(&node, runtimes, focus, &directory);
+    let kept = std::fs::write(directory.join("containerd.log"), node.log_since(0, usize::MAX));
+    let stopped = node.stop();
+    let left = leaks::after_stop(&node);
+    leaks::clean_up(&node);
+    let reports = result?;
+    stopped?;
+    kept?;
+    let left = left?;
+    ensure!(left.is_empty(), "left behind:\n  {}", left.join("\n  "));
+    Ok(reports)
+}
+
+fn run_on(node: &Node, runtimes: &[Runtime], focus: Option<&str>, directory: &Path) -> Result<Vec<(Runtime, Report)>> {
+    node.import(&critest::image::all(&node.scratch()?)?, &[CRI_NAMESPACE])?;
+    let mut reports = Vec::new();
+    for &runtime in runtimes {
+        println!("critest with {} ...", runtime.name());
+        let report = critest::run(node, runtime, focus, directory)?;
+        println!("critest with {}: {}", runtime.name(), report.summary());
+        reports.push((runtime, report));
+    }
+    Ok(reports)
+}
+
+/// Prints what came out; whether it is good.
+fn tell(reports: &[(Runtime, Report)]) -> Result<bool> {
+    let of = |wanted: Runtime| reports.iter().find(|(runtime, _)| *runtime == wanted).map(|(_, report)| report);
+    let (measure, ours) = (of(Runtime::Runc), of(Runtime::Bulkhead));
+    if let Some(measure) = measure {
+        println!("\nwith runc: {}", measure.summary());
+        for finding in verdict::findings(measure, None) {
+            println!("  {}", finding.line);
+        }
+    }
+    let Some(ours) = ours else { return Ok(true) };
+    if let Some(measure) = measure {
+        let differences = verdict::differences(("runc", "bulkhead"), (measure, ours));
+        println!("\ndifferences: {}", if differences.is_empty() { "none\n" } else { "" });
+        print!("{differences}");
+    }
+    println!("\ncritest: {}", ours.summary());
+    let findings = verdict::findings(ours, measure);
+    for finding in &findings {
+        println!("  {}", finding.line);
+    }
+    Ok(!findings.iter().any(|finding| finding.ours))
+}

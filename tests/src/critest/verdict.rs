@@ -1,0 +1,114 @@
+//! One runtime's report held against that of the measure. Pure.
+
+use std::fmt::Write as _;
+
+use crate::critest::report::{Outcome, Report};
+
+/// Ends of the names of specs that no microVM passes, and why.
+pub const INHERENT: [(&str, &str); 4] = [
+    ("runtime should support HostIpc is true", "a VM has no place in the host's IPC namespace"),
+    ("runtime should support HostNetwork is true", "a VM has no place in the host's network namespace"),
+    ("runtime should support portforward in host network", "a VM has no place in the host's network namespace"),
+    (
+        "mount with 'rshared' should support propagation from host to container and vice versa",
+        "mounts that a guest makes do not reach the host",
+    ),
+];
+
+/// A spec that did not pass.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finding<'a> {
+    /// The spec's whole name.
+    pub name: &'a str,
+    /// How it ended, for people.
+    pub line: String,
+    /// Whether it is ours to mend.
+    pub ours: bool,
+}
+
+/// What `report` has that did not pass: failures first. `measure` is what the other runtime said, if it was asked.
+pub fn findings<'a>(report: &'a Report, measure: Option<&Report>) -> Vec<Finding<'a>> {
+    let mut findings = Vec::new();
+    for (name, outcome) in &report.specs {
+        let Outcome::Failed(reason) = outcome else { continue };
+        let inherent = INHERENT.iter().find(|(end, _)| name.ends_with(end)).map(|(_, why)| *why);
+        let other = measure.and_then(|measure| measure.specs.get(name));
+        let (whose, ours) = match (inherent, other) {
+            (Some(why), _) => (format!("inherent, {why}"), false),
+            (None, Some(Outcome::Failed(_))) => ("the measure fails as well".to_owned(), false),
+            (None, Some(Outcome::Skipped(_))) => ("the measure skips it".to_owned(), true),
+            (None, Some(Outcome::Passed)) => ("the measure passes".to_owned(), true),
+            (None, None) => ("not measured".to_owned(), true),
+        };
+        findings.push(Finding { name, line: format!("failed   {name} ({whose}): {reason}"), ours });
+    }
+    for (name, outcome) in &report.specs {
+        if let Outcome::Skipped(reason) = outcome {
+            findings.push(Finding { name, line: format!("skipped  {name}: {reason}"), ours: false });
+        }
+    }
+    findings
+}
+
+/// One line for each spec that ended differently under the two, none if there is no such spec.
+pub fn differences(names: (&str, &str), reports: (&Report, &Report)) -> String {
+    let word = |outcome: Option<&Outcome>| match outcome {
+        None => "absent",
+        Some(Outcome::Passed) => "passed",
+        Some(Outcome::Failed(_)) => "failed",
+        Some(Outcome::Skipped(_)) => "skipped",
+    };
+    let mut text = String::new();
+    for (name, one) in &reports.0.specs {
+        let (one, other) = (word(Some(one)), word(reports.1.specs.get(name)));
+        if one != other {
+            // Writing to a String cannot fail.
+            let _ = writeln!(text, "{name}: {one} with {}, {other} with {}", names.0, names.1);
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(specs: &[(&str, Outcome)]) -> Report {
+        Report { specs: specs.iter().map(|(name, outcome)| ((*name).to_owned(), outcome.clone())).collect() }
+    }
+
+    fn failed() -> Outcome {
+        Outcome::Failed("it broke".into())
+    }
+
+    #[test]
+    fn only_what_the_measure_does_better_is_ours() {
+        let host_ipc = "[k8s.io] Security Context NamespaceOption runtime should support HostIpc is true";
+        let ours = report(&[
+            ("a", failed()),
+            ("b", failed()),
+            ("c", Outcome::Passed),
+            ("d", Outcome::Skipped("no such thing".into())),
+            (host_ipc, failed()),
+        ]);
+        let measure = report(&[("a", Outcome::Passed), ("b", failed()), (host_ipc, Outcome::Passed)]);
+        let findings = findings(&ours, Some(&measure));
+        let told: Vec<_> = findings.iter().map(|finding| (finding.name, finding.ours)).collect();
+        assert_eq!(told, [(host_ipc, false), ("a", true), ("b", false), ("d", false)]);
+        assert_eq!(findings[1].line, "failed   a (the measure passes): it broke");
+        assert_eq!(findings[3].line, "skipped  d: no such thing");
+    }
+
+    #[test]
+    fn without_a_measure_every_failure_is_ours() {
+        let ours = report(&[("a", failed())]);
+        assert!(findings(&ours, None)[0].ours);
+    }
+
+    #[test]
+    fn differences_are_told_one_a_line() {
+        let one = report(&[("a", Outcome::Passed), ("b", Outcome::Passed)]);
+        let other = report(&[("a", failed()), ("b", Outcome::Passed)]);
+        assert_eq!(differences(("runc", "bulkhead"), (&one, &other)), "a: passed with runc, failed with bulkhead\n");
+    }
+}
