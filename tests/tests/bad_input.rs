@@ -36,6 +36,7 @@ const ROWS: &[Row] = &[
     Row::alone("an annotation with a bad value", bad_annotation),
     Row::alone("an annotation that the administrator did not allow", refused_annotation),
     Row::alone("a pod in the host's network", host_network),
+    Row::alone("a pod in the host's IPC namespace", host_ipc),
     Row::in_pod("a mount source that has gone", missing_mount_source),
     Row::alone("a spec that cannot be read", unreadable_spec),
     Row::alone("a command line that makes no sense", bad_command_line),
@@ -194,6 +195,12 @@ fn host_network(context: &Context) -> Result<()> {
         .set("/linux/security_context/namespace_options/network", namespace_mode::NODE)
         .set("/hostname", "");
     refused_as_configured(context, spec, &["host", "network"])
+}
+
+fn host_ipc(context: &Context) -> Result<()> {
+    context.node.configure_bulkhead("bad.toml", &Bulkhead::default())?;
+    let spec = PodSpec::new().set("/linux/security_context/namespace_options/ipc", namespace_mode::NODE);
+    refused_as_configured(context, spec, &["host", "hostIPC"])
 }
 
 fn missing_mount_source(context: &Context, pod: &pod::Pod) -> Result<()> {

@@ -81,6 +81,17 @@ pub fn network_namespace(spec: &Value) -> Result<Option<String>> {
     }
 }
 
+/// Fails for a pod in the host's IPC namespace, which a VM has no part in.
+pub fn check_ipc_namespace(spec: &Value) -> Result<()> {
+    if namespaces(spec).iter().any(|(kind, _)| kind == "ipc") {
+        return Ok(());
+    }
+    Err(Error::invalid(
+        "the host's IPC namespace (hostIPC: true) is not available to a pod in a virtual machine: an IPC namespace of its \
+         own is needed",
+    ))
+}
+
 /// The namespaced sysctls of the spec.
 pub fn sysctls(spec: &Value) -> BTreeMap<String, String> {
     let Some(map) = spec.pointer("/linux/sysctl").and_then(Value::as_object) else { return BTreeMap::new() };
@@ -326,6 +337,14 @@ mod tests {
         assert!(error.to_string().contains("hostNetwork"));
         let path = network_namespace(&spec(json!([{"type": "network", "path": "/var/run/netns/x"}]))).expect("has one");
         assert_eq!(path.as_deref(), Some("/var/run/netns/x"));
+    }
+
+    #[test]
+    fn a_pod_in_the_hosts_ipc_namespace_is_refused_by_the_name_of_the_field() {
+        let error = check_ipc_namespace(&spec(json!([{"type": "pid"}]))).expect_err("refused");
+        assert_eq!(error.kind(), crate::error::Kind::InvalidArgument);
+        assert!(error.to_string().contains("hostIPC"));
+        assert!(check_ipc_namespace(&spec(json!([{"type": "ipc"}]))).is_ok());
     }
 
     #[test]

@@ -300,6 +300,7 @@ impl Plan {
     fn make(identity: &SandboxIdentity, task: &CreateTask) -> Result<Self> {
         let config = identity.config_for(task)?;
         let netns = network::netns_of(&task.spec)?;
+        spec::check_ipc_namespace(&task.spec)?;
         let annotations = spec::annotations(&task.spec);
         let pairs = annotations.iter().map(|(key, value)| (key.as_str(), value.as_str()));
         let annotations = Annotations::parse(pairs, &config.allowed_annotations)?;
