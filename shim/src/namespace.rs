@@ -171,6 +171,12 @@ impl Tree {
         Ok(Self { fd, file_type: FileType::from_raw_mode(metadata.st_mode) })
     }
 
+    /// Whether other mounts lie below `source`, whose links are followed; not if there is no such file.
+    pub fn has_mounts_below(source: &Path) -> Result<bool> {
+        let Ok(source) = fs::canonicalize(source) else { return Ok(false) };
+        Ok(mounts_below(&source)?.iter().any(|mounted| *mounted != source))
+    }
+
     /// Whether the source is a directory; its mount point must be one then, and a file otherwise.
     pub fn is_dir(&self) -> bool {
         self.file_type == FileType::Directory

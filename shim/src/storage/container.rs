@@ -46,7 +46,8 @@ impl ContainerStorage {
         spec: &mut Value,
     ) -> Result<(Self, Vec<GuestMount>)> {
         let rootfs_plan = plan::plan_rootfs(mounts, root_path)?;
-        let volume_plan = volume::plan_volumes(spec, owner)?;
+        let mut volume_plan = volume::plan_volumes(spec, owner)?;
+        volume::spare_mounts_below(owner.container_id, &mut volume_plan).await?;
         for note in &volume_plan.notes {
             tracing::info!(container_id = owner.container_id, note, "a mount means something else in the guest");
         }

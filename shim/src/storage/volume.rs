@@ -333,6 +333,34 @@ pub async fn attach(host: &HostThread, share: &ShareRoot, container_id: &str, pl
     Ok(attached.await?)
 }
 
+/// Leaves read-only binds with mounts below them to the share, which refuses writes to the topmost mount alone.
+///
+/// The guest's kernel meets the mounts below when somebody walks into them, and would give them the flags of what they lie
+/// on: read-only, where `ro` of the OCI spec leaves them as they are.
+pub async fn spare_mounts_below(container_id: &str, plan: &mut VolumePlan) -> Result<()> {
+    let topmost_only = |bind: &&Bind| bind.recursive && bind.access == Access::ReadOnly;
+    let candidates: Vec<(usize, PathBuf)> =
+        plan.binds.iter().filter(topmost_only).map(|bind| (bind.index, bind.source.clone())).collect();
+    if candidates.is_empty() {
+        return Ok(());
+    }
+    // Not on the host thread, as in `attach`.
+    let spared = tokio::task::spawn_blocking(move || {
+        let below = |(index, source): (usize, PathBuf)| -> Result<Option<usize>> {
+            Ok(Tree::has_mounts_below(&source)?.then_some(index))
+        };
+        candidates.into_iter().filter_map(|candidate| below(candidate).transpose()).collect::<Result<Vec<_>>>()
+    });
+    for index in spared.await.map_err(|error| Error::internal(format!("look for mounts below volumes: {error}")))?? {
+        let shared = json!(format!("{SHARE_SCHEME}{}", share_path(container_id, index)));
+        let mount = plan.guest_mounts.iter_mut().find(|mount| mount.get("source") == Some(&shared));
+        if let Some(options) = mount.and_then(|mount| mount.get_mut("options")).and_then(Value::as_array_mut) {
+            options.retain(|option| option != "ro");
+        }
+    }
+    Ok(())
+}
+
 fn open(bind: Bind) -> Result<(Bind, Tree)> {
     let context = || format!("error mounting \"{}\" to rootfs at {:?}", bind.source.display(), bind.destination);
     let tree = Tree::open(&bind.source, bind.recursive).map_err(|error| error.context(context()))?;
