@@ -60,6 +60,15 @@ impl ContainerSpec {
         self.push("mounts", json!({"host_path": host_path, "container_path": container_path, "readonly": readonly}))
     }
 
+    /// Binds `host_path` and what is mounted below it to `container_path`, all of it read-only (containerd 2.x).
+    #[must_use]
+    pub fn mount_all_read_only(self, host_path: &Path, container_path: &str) -> Self {
+        let mount = json!({
+            "host_path": host_path, "container_path": container_path, "readonly": true, "recursive_read_only": true,
+        });
+        self.push("mounts", mount)
+    }
+
     /// Keeps stdin open for `attach`.
     #[must_use]
     pub fn stdin(self) -> Self {
@@ -78,7 +87,9 @@ impl ContainerSpec {
         self.set("/linux/resources/memory_limit_in_bytes", mib << 20)
     }
 
-    fn push(mut self, list: &str, value: Value) -> Self {
+    /// Adds an entry to one of the lists of CRI's `ContainerConfig`.
+    #[must_use]
+    pub fn push(mut self, list: &str, value: Value) -> Self {
         match self.config[list].as_array_mut() {
             Some(entries) => entries.push(value),
             None => self.config[list] = json!([value]),

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -53,6 +54,9 @@ const ROWS: &[Row] = &[
     // Volumes.
     Row::in_pod("a directory bound read-write shows changes on both sides", bind_directory),
     Row::in_pod("a directory bound read-only refuses writes", bind_read_only),
+    Row::in_pod("read-only is for the topmost mount of a volume, or for all when asked", read_only_recursive)
+        .releases(&[Version::V2_4]),
+    Row::in_pod("mounts of the host arrive later in the volumes that ask for them", propagation),
     Row::in_pod("a bound file shows nothing of its directory", bind_file),
     Row::in_pod("a switched symbolic link in a volume is seen", switched_link),
     Row::in_pod("file owners and modes in a volume are kept", owners),
@@ -508,6 +512,74 @@ fn bind_read_only(context: &Context, pod: &Pod) -> Result<()> {
     ensure!(said.matches("Read-only file system").count() >= 3, "the refusals were {said:?}");
     ensure!(fs::read_to_string(directory.join("file"))? == "kept", "the file was changed");
     ensure!(fs::read_dir(&directory)?.count() == 1, "a file was made");
+    Ok(())
+}
+
+/// A mount of the host, undone with it.
+struct HostMount(PathBuf);
+
+impl HostMount {
+    fn tmpfs(path: &Path) -> Result<Self> {
+        fs::create_dir(path)?;
+        nix::mount::mount(Some("none"), path, Some("tmpfs"), nix::mount::MsFlags::empty(), None::<&str>)?;
+        Ok(Self(path.to_owned()))
+    }
+}
+
+impl Drop for HostMount {
+    fn drop(&mut self) {
+        // What stays is found by the leak check.
+        let _ = nix::mount::umount2(&self.0, nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+fn read_only_recursive(context: &Context, pod: &Pod) -> Result<()> {
+    let directory = context.scratch.join("data");
+    fs::create_dir(&directory)?;
+    let _below = HostMount::tmpfs(&directory.join("below"))?;
+    let script = "for file in /top/a /top/below/b /all/a /all/below/c; do touch $file && echo $file; done";
+    let spec = ContainerSpec::script(script).mount(&directory, "/top", true).mount_all_read_only(&directory, "/all");
+    let (_, log) = pod.run(spec)?.finish(SOON)?;
+    ensure!(text_of(&log, "stdout") == "/top/below/b", "the program could write {:?}", text_of(&log, "stdout"));
+    let said = text_of(&log, "stderr");
+    ensure!(said.matches("Read-only file system").count() == 3, "the refusals were {said:?}");
+    ensure!(directory.join("below/b").exists() && !directory.join("below/c").exists(), "the host sees something else");
+    Ok(())
+}
+
+fn propagation(context: &Context, pod: &Pod) -> Result<()> {
+    let directory = context.scratch.join("data");
+    let base = HostMount::tmpfs(&directory)?;
+    nix::mount::mount(None::<&str>, &base.0, None::<&str>, nix::mount::MsFlags::MS_SHARED, None::<&str>)?;
+    fs::create_dir(directory.join("later"))?;
+    // `MountPropagation` of the CRI's api.proto.
+    let (private, from_host, both_ways) = (0, 1, 2);
+    let start = |propagation: i32| {
+        let mount = json!({"host_path": directory, "container_path": "/data", "propagation": propagation});
+        pod.run(ContainerSpec::idle().push("mounts", mount))
+    };
+    let (closed, open, shared) = (start(private)?, start(from_host)?, start(both_ways)?);
+    nix::mount::mount(
+        Some("none"),
+        &directory.join("later"),
+        Some("tmpfs"),
+        nix::mount::MsFlags::empty(),
+        None::<&str>,
+    )?;
+    let later = HostMount(directory.join("later"));
+    fs::write(directory.join("later/flag"), "")?;
+    for container in [&open, &shared] {
+        ensure!(container.shell("ls /data/later")? == "flag", "a mount of the host did not arrive");
+    }
+    ensure!(closed.shell("ls /data/later")?.is_empty(), "a mount of the host arrived where it was not asked for");
+    drop(later);
+    wait_for("the unmount to arrive", SOON, || {
+        ensure!(open.shell("ls /data/later")?.is_empty(), "it is still seen");
+        Ok(())
+    })?;
+    for container in [closed, open, shared] {
+        container.remove_by_force()?;
+    }
     Ok(())
 }
 

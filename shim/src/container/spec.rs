@@ -164,6 +164,8 @@ fn guest_linux(linux: &mut Map<String, Value>, pid_namespace: &PidNamespace, dro
     // Set once for the pod; network, UTS and IPC namespaces are the guest's own.
     linux.remove("sysctl");
     linux.remove("cgroupsPath");
+    // Speaks of the host's mounts: those arrive through the share, whichever way the guest's own propagate.
+    linux.remove("rootfsPropagation");
     let mut namespaces = vec![json!({"type": "mount"}), json!({"type": "cgroup"})];
     if *pid_namespace == PidNamespace::Own {
         namespaces.push(json!({"type": "pid"}));
@@ -255,6 +257,7 @@ mod tests {
             "linux": {
                 "namespaces": namespaces,
                 "cgroupsPath": "/kubepods/pod1/a",
+                "rootfsPropagation": "rslave",
                 "sysctl": {"net.ipv4.ip_forward": "1"},
                 "intelRdt": {"closID": "x"},
                 "resources": {
