@@ -43,7 +43,7 @@ pub fn common() -> Result<Vec<Image>> {
         user: String::new(),
         layers: vec![Arc::clone(&layer)],
     };
-    Ok(vec![image(BUSYBOX, &["/bin/sh"]), image(PAUSE, &["/bin/sleep", "1000000000"])])
+    Ok(vec![image(BUSYBOX, &["/bin/sh"]), image(PAUSE, &["/bin/tail", "-f", "/dev/null"])])
 }
 
 /// Writes an archive with `images` to `path`.

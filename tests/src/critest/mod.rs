@@ -56,6 +56,7 @@ pub fn run(node: &Node, runtime: Runtime, focus: Option<&str>, directory: &Path)
     let output = run.output()?;
     fs::write(file("log"), &output.stdout).context("keep critest's output")?;
     remove_pods(node)?;
+    unmount_below(&scratch);
     remove_segments(&segments);
     let report = fs::read(&json).with_context(|| format!("critest left no report\n{}", output.describe()))?;
     let pulls = |name: &str| focus.is_none() && PULLING.split('|').any(|container| name.contains(container));
@@ -72,6 +73,16 @@ fn remove_pods(node: &Node) -> Result<()> {
     // What cannot be removed shows in the leak check.
     node.crictl(&["rmp", "-f", "-a"]).deadline(Duration::from_mins(2)).output()?;
     Ok(())
+}
+
+/// Undoes mounts of the suite's own, which specs leave behind that fail half-way.
+fn unmount_below(directory: &Path) {
+    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let points = table.lines().filter_map(|line| line.split(' ').nth(4)).map(Path::new);
+    for point in points.filter(|point| point.starts_with(directory)) {
+        // What stays shows in the leak check.
+        let _ = nix::mount::umount2(point, nix::mount::MntFlags::MNT_DETACH);
+    }
 }
 
 /// Ids of the machine's shared memory segments that look like the suite's.
