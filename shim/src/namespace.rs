@@ -495,6 +495,15 @@ mod tests {
     }
 
     #[test]
+    fn mounts_below_a_directory_are_noticed() {
+        let plain = tempfile::tempdir().expect("makes one");
+        assert!(!Tree::has_mounts_below(plain.path()).expect("reads the table"));
+        assert!(!Tree::has_mounts_below(&plain.path().join("missing")).expect("reads the table"));
+        // /proc at least.
+        assert!(Tree::has_mounts_below(Path::new("/")).expect("reads the table"));
+    }
+
+    #[test]
     fn paths_that_leave_the_share_are_refused() {
         for path in ["", ".", "..", "/etc", "a/../../b"] {
             assert!(inside(Path::new(path)).is_err(), "{path:?}");

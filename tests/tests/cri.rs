@@ -69,6 +69,7 @@ const ROWS: &[Row] = &[
     Row::in_pod("two containers share localhost", localhost),
     Row::in_pod("with a PID namespace each, containers do not see one another", pid_container),
     Row::alone("with one PID namespace, containers see one another", pid_pod),
+    Row::alone("with hostPID, containers see one another and nothing of the host", pid_host).only(BULKHEAD),
     Row::in_pod("two containers have file systems of their own", own_filesystems),
     // Network.
     Row::in_pod("a page is fetched from the pod's address, IPv4 and IPv6", page),
@@ -757,6 +758,20 @@ fn pid_pod(context: &Context) -> Result<()> {
     ensure!(exit.code == 143, "a program ended by SIGTERM from its neighbour: {exit:?}");
     ensure!(second.state()? == "CONTAINER_RUNNING");
     first.remove()?;
+    second.remove_by_force()?;
+    pod.remove()
+}
+
+fn pid_host(context: &Context) -> Result<()> {
+    let pod =
+        context.start(PodSpec::new().set("/linux/security_context/namespace_options/pid", namespace_mode::NODE))?;
+    let of_host = |spec: ContainerSpec| spec.security("namespace_options", json!({"pid": namespace_mode::NODE}));
+    let first = pod.run(of_host(ContainerSpec::new(&["sleep", "12345"])))?;
+    let second = pod.run(of_host(ContainerSpec::idle()))?;
+    let seen = second.shell("ps -o pid,args")?;
+    ensure!(seen.contains("sleep 12345"), "the second container sees {seen}");
+    ensure!(!seen.contains("containerd") && !seen.contains("bulkhead-agent"), "the second container sees {seen}");
+    first.remove_by_force()?;
     second.remove_by_force()?;
     pod.remove()
 }
