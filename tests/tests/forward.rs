@@ -76,7 +76,7 @@ impl Forwarding {
 }
 
 /// Runs a program that listens on `port` and waits until it does.
-fn service<'a>(pod: &'a Pod, port: u16, spec: ContainerSpec) -> Result<Container<'a>> {
+fn service(pod: &Pod, port: u16, spec: ContainerSpec) -> Result<Container<'_>> {
     let container = pod.run(spec)?;
     wait_for(&format!("a service on port {port}"), SOON, || {
         let listening = container.shell("netstat -ltn")?;
