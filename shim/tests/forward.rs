@@ -43,8 +43,8 @@ impl Pod {
         ip(&["netns", "add", &name]);
         ip(&["-n", &name, "link", "set", "lo", "up"]);
         let directory = tempfile::tempdir().expect("makes a directory");
+        let socket = directory.path().join("vsock_1024");
         let mut pod = Self { name, forward: None, _directory: directory };
-        let socket = pod._directory.path().join("vsock_1024");
         let acceptor = Acceptor::Unix(UnixListener::bind(&socket).expect("binds"));
         let (streams, control, _task) = Listener::start(acceptor);
         let (_agent, _serving) = FakeAgent::serve(&socket).await;
