@@ -3,6 +3,7 @@
 //! containerd's blockfile snapshotter makes them, an ext4 image file each. Its erofs snapshotter needs newer erofs-utils than
 //! Debian 12 has; a disk with erofs takes the same way.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
@@ -17,6 +18,7 @@ use bulkhead_tests::pod::{Pod, PodSpec};
 use bulkhead_tests::row::{Context, Row, Runtime};
 use bulkhead_tests::suite;
 use bulkhead_tests::tools::Version;
+use serde_json::json;
 
 const ROWS: &[Row] = &[
     Row::alone(
@@ -24,6 +26,8 @@ const ROWS: &[Row] = &[
         lone,
     ),
     Row::alone("disks come and go with the containers of a pod that lives on", in_a_pod).only(&[Runtime::Bulkhead]),
+    Row::alone("a guest that mounts the share itself finds nothing of containers that are gone", share_forgets)
+        .only(&[Runtime::Bulkhead]),
 ];
 
 fn main() -> ExitCode {
@@ -102,5 +106,39 @@ fn in_a_pod(context: &Context) -> Result<()> {
     }
     ensure!(loop_devices(context)? == 0, "the host has loop devices although the guest has the files");
     first.remove_by_force()?;
+    pod.remove()
+}
+
+/// Here, since a container whose own root file system is in the share cannot see the top of it: to Linux each shared mount is
+/// a file system of the same device, and mounting that again yields the one that was mounted last.
+fn share_forgets(context: &Context) -> Result<()> {
+    let data = context.scratch.join("data");
+    fs::create_dir(&data)?;
+    fs::write(data.join("told-to-one"), "secret")?;
+    let pod = Pod::start(&context.node, BLOCK_HANDLER, PodSpec::new())?;
+    let mighty = ContainerSpec::idle()
+        .security("capabilities", json!({"add_capabilities": ["SYS_ADMIN"]}))
+        .security("seccomp", json!({"profile_type": 1}));
+    let looking = pod.run(mighty)?;
+    let names = || -> Result<BTreeSet<String>> {
+        // Mounted anew for each look, so that it is the host that answers and not a cache.
+        let script = "mkdir -p /mnt/s; mount -t virtiofs share /mnt/s && (cd /mnt/s; find .); umount /mnt/s";
+        Ok(looking.shell(script)?.lines().map(str::to_owned).collect())
+    };
+    let before = names()?;
+    ensure!(before.iter().any(|name| name.contains(&looking.id)), "the looking container is not in {before:?}");
+    for _ in 0..2 {
+        let other = pod.run(ContainerSpec::idle().mount(&data, "/data", false))?;
+        other.shell("test -f /data/told-to-one")?;
+        let with = names()?;
+        ensure!(with.iter().any(|name| name.ends_with("told-to-one")), "the volume is not in {with:?}");
+        other.remove_by_force()?;
+        let failed = Container::create(&pod, ContainerSpec::new(&["/no/such/program"]).mount(&data, "/data", false))?;
+        ensure!(failed.try_start()?.code != 0, "a program that does not exist runs");
+        failed.remove_by_force()?;
+        let after = names()?;
+        ensure!(after == before, "the share had {before:?} and has {after:?}");
+    }
+    looking.remove_by_force()?;
     pod.remove()
 }
