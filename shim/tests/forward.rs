@@ -47,7 +47,7 @@ impl Pod {
         let mut pod = Self { name, forward: None, _directory: directory };
         let acceptor = Acceptor::Unix(UnixListener::bind(&socket).expect("binds"));
         let (streams, control, _task) = Listener::start(acceptor);
-        let (_agent, _serving) = FakeAgent::serve(&socket).await;
+        let _agent = FakeAgent::serve(&socket).await;
         let (events, _) = mpsc::channel(16);
         let (guest, _guest_task, _hello) = Guest::connect(control, events).await.expect("greets");
         pod.forward = Some(Forward::start(&pod.path(), guest, streams).await.expect("forwards"));
