@@ -2,6 +2,7 @@
 
 #![allow(clippy::disallowed_methods, reason = "tasks of a test end with the test")]
 
+#[allow(dead_code, reason = "this test breaks no connection")]
 #[path = "support/agent.rs"]
 mod agent;
 
