@@ -369,6 +369,9 @@ pub async fn boot(identity: Arc<SandboxIdentity>, request: BootRequest) -> Resul
             Ok(Pod { parts, access })
         }
         Err(error) => {
+            if let Some(console) = parts.vm.as_ref().map(Vm::console_line).filter(|console| !console.is_empty()) {
+                tracing::error!(sandbox_id = %identity.sandbox_id, console, "the guest's console ends before the boot does");
+            }
             parts.tear_down(Farewell::Killed).await;
             Err(error.context(format!("boot of sandbox {} ({})", identity.sandbox_id, stopwatch.told())))
         }

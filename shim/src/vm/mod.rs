@@ -38,6 +38,8 @@ const CONSOLE_TAIL: usize = 64 << 10;
 const PANICKED: &str = "the guest's kernel gave up";
 /// How much of the console goes into an error.
 const CONSOLE_IN_ERROR: usize = 1000;
+/// How much of it goes into a log line, in characters.
+const CONSOLE_IN_LOG: usize = 6000;
 
 /// Why there is no VM, or no longer.
 #[derive(Debug, thiserror::Error)]
@@ -188,6 +190,11 @@ impl Vm {
     /// The end of what the guest wrote to its console, made harmless.
     pub fn console_tail(&self) -> String {
         self.console.text()
+    }
+
+    /// The end of [`Self::console_tail`] as one line for a log: long enough for an oops of the guest's kernel.
+    pub fn console_line(&self) -> String {
+        self.console.line(CONSOLE_IN_LOG)
     }
 
     /// One sentence about QEMU's end, or about the guest's if that is the reason.
