@@ -58,6 +58,11 @@ impl Cgroup {
         Ok(Self { directory })
     }
 
+    /// The one above those of all containers.
+    pub fn of_all() -> Self {
+        Self { directory: Path::new(MOUNT).join(&PARENT[1..]) }
+    }
+
     /// Its directory.
     pub fn directory(&self) -> &Path {
         &self.directory

@@ -17,6 +17,7 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::cgroup::Cgroup;
 use crate::container::{Container, check_id};
 use crate::error::{During, Error, Result};
 use crate::events::Events;
@@ -273,6 +274,15 @@ impl Pod {
         let resources: LinuxResources = serde_json::from_slice(resources_json)
             .map_err(|error| Error::invalid(format!("OCI resources: {error}")))?;
         self.container(container_id).await?.update(&resources)
+    }
+
+    /// Changes what all containers together may use.
+    pub async fn update_all(&self, resources_json: &[u8]) -> Result<()> {
+        let resources: LinuxResources = serde_json::from_slice(resources_json)
+            .map_err(|error| Error::invalid(format!("OCI resources: {error}")))?;
+        // The kernel takes memory back before it returns.
+        let applied = tokio::task::spawn_blocking(move || Cgroup::of_all().apply(&resources)).await;
+        applied.during(|| "change the pod's limits")?
     }
 
     /// Stops or continues a container.

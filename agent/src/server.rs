@@ -170,6 +170,11 @@ impl Agent for Connection {
         Ok(Response::new(api::DeleteResponse {}))
     }
 
+    async fn update_sandbox(&self, request: Request<api::UpdateSandboxRequest>) -> Reply<api::UpdateSandboxResponse> {
+        self.pod()?.update_all(&request.into_inner().resources_json).await?;
+        Ok(Response::new(api::UpdateSandboxResponse {}))
+    }
+
     async fn update_container(
         &self,
         request: Request<api::UpdateContainerRequest>,

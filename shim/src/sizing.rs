@@ -100,6 +100,39 @@ impl Limits {
     }
 }
 
+/// What a running VM can give at most: it does not grow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ceiling {
+    /// What it was made for. These are never refused, even where the host could not give as much.
+    pub limits: Limits,
+    /// What it has.
+    pub size: VmSize,
+}
+
+impl Ceiling {
+    /// Refuses new limits of the pod that its VM cannot give. No limit always fits: it promises nothing.
+    pub fn admit(&self, wanted: Limits) -> Result<()> {
+        let fits = |wanted: Option<u64>, made_for: Option<u64>, has: u64| {
+            wanted.is_none_or(|wanted| wanted <= has || made_for.is_some_and(|made_for| wanted <= made_for))
+        };
+        let cpu_milli = u64::from(self.size.vcpus) * 1000;
+        if !fits(wanted.cpu_milli, self.limits.cpu_milli, cpu_milli) {
+            return Err(Error::failed_precondition(format!(
+                "CPU limit {}m of the pod is more than its virtual machine has, which stays as it started; accepted is up to {cpu_milli}m",
+                wanted.cpu_milli.unwrap_or_default()
+            )));
+        }
+        let memory_bytes = u64::from(self.size.memory_mib.saturating_sub(GUEST_OVERHEAD_MIB)) * MIB;
+        if !fits(wanted.memory_bytes, self.limits.memory_bytes, memory_bytes) {
+            return Err(Error::failed_precondition(format!(
+                "memory limit {} of the pod is more than its virtual machine has, which stays as it started; accepted is up to {memory_bytes} bytes",
+                wanted.memory_bytes.unwrap_or_default()
+            )));
+        }
+        Ok(())
+    }
+}
+
 impl Host {
     /// Asks the kernel.
     pub fn measure() -> anyhow::Result<Self> {
@@ -220,6 +253,25 @@ mod tests {
         let small = Host { cpus: 2, memory_mib: 1024 };
         let annotations = Annotations { vcpus: Some(6), memory_mib: Some(4096), machine: None };
         assert_eq!(size(limits, &annotations, &Config::default(), small), VmSize { vcpus: 2, memory_mib: 1024 });
+    }
+
+    #[test]
+    fn a_running_vm_takes_limits_that_it_can_give() {
+        let ceiling = |limits: Limits, vcpus, memory_mib| Ceiling { limits, size: VmSize { vcpus, memory_mib } };
+        let made_for = Limits::new(150_000, 100_000, 512 * MI);
+        let vm = ceiling(made_for, 2, 576);
+        for (quota, memory) in [(150_000, 512 * MI), (200_000, 512 * MI), (1000, MI), (0, 0), (-1, -1)] {
+            vm.admit(Limits::new(quota, 100_000, memory)).expect("fits");
+        }
+        let said = vm.admit(Limits::new(200_001, 100_000, 0)).expect_err("is refused");
+        assert_eq!(said.kind(), crate::error::Kind::FailedPrecondition);
+        assert!(said.to_string().contains("2001m") && said.to_string().contains("up to 2000m"), "{said}");
+        let said = vm.admit(Limits::new(0, 0, 512 * MI + 1)).expect_err("is refused").to_string();
+        assert!(said.contains("536870913") && said.contains("up to 536870912"), "{said}");
+        // The host had less than the pod was allowed: going back to that is no growth.
+        let capped = ceiling(Limits::new(400_000, 100_000, 4096 * MI), 2, 1024);
+        capped.admit(Limits::new(400_000, 100_000, 4096 * MI)).expect("is what it was made for");
+        capped.admit(Limits::new(500_000, 100_000, 0)).expect_err("is more");
     }
 
     fn spec(json: &str) -> Spec {

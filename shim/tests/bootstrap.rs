@@ -28,7 +28,7 @@ fn main() -> ExitCode {
     if words.first().is_some_and(|word| word == AS_SHIM || word == "-info" || word == "-v") {
         return bootstrap::main(describe_and_wait, tear_down);
     }
-    let tests: [Test; 15] = [
+    let tests: [Test; 16] = [
         ("an_old_caller_gets_the_bare_address_of_a_server_that_answers", an_old_caller),
         ("a_new_caller_gets_a_message", a_new_caller),
         ("the_server_keeps_nothing_of_its_caller", the_server_keeps_nothing_of_its_caller),
@@ -41,6 +41,7 @@ fn main() -> ExitCode {
         ("stdin_that_stays_open_is_an_error", stdin_that_stays_open),
         ("delete_of_a_member_leaves_the_server_alone", delete_of_a_member),
         ("delete_of_a_sandbox_removes_the_pod", delete_of_a_sandbox),
+        ("a_sandbox_without_a_spec_groups_its_containers_and_is_deleted", sandbox_without_a_spec),
         ("delete_of_a_member_of_a_dead_pod_removes_the_pod", delete_of_a_member_of_a_dead_pod),
         ("delete_may_be_repeated_and_unmounts_the_rootfs", delete_is_idempotent),
         ("info_and_version_need_nothing", info_and_version),
@@ -424,6 +425,21 @@ fn delete_of_a_sandbox(bed: &Bed) {
     // containerd asks for each container of a pod, and does not mind the order.
     assert_eq!(bed.delete("c1", &member).exit_status, 137);
     assert_eq!(bed.delete("pod", &bundle).exit_status, 137);
+}
+
+/// As the sandbox API makes it: its bundle has no spec, and containers of the second version of the task service ask by `start`.
+fn sandbox_without_a_spec(bed: &Bed) {
+    let bundle = bed.bundle("pod", None);
+    let address = address_of(&bed.start("pod", &bundle, b""));
+    let member = bed.member("c1", "pod");
+    assert_eq!(fs::read_to_string(member.join("address")).expect("is there"), address);
+    assert_eq!(bed.delete("c1", &member).exit_status, 137);
+    let sandbox_dir = fs::read_link(bundle.join("bulkhead")).expect("is linked");
+    assert!(ask(&address)["pid"].is_number() && sandbox_dir.exists(), "the pod lives on");
+    for _ in 0..2 {
+        assert_eq!(bed.delete("pod", &bundle).exit_status, 137);
+        assert!(!sandbox_dir.exists() && !socket(&address).exists());
+    }
 }
 
 fn delete_of_a_member_of_a_dead_pod(bed: &Bed) {

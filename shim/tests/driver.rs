@@ -11,6 +11,7 @@ use std::time::Duration;
 use bulkhead_shim::container::ContainerId;
 use bulkhead_shim::container::process::Phase;
 use bulkhead_shim::error::Kind;
+use bulkhead_shim::sandbox::spec::PodResources;
 use serde_json::json;
 use support::world::World;
 use tokio::time::timeout;
@@ -219,13 +220,13 @@ async fn what_happens_while_the_control_connection_is_broken_is_told_after_it() 
     let mut world = World::start().await;
     world.create_container("web", json!(["hang"])).await.expect("creates");
     world.sandbox.start(World::init("web")).await.expect("starts");
-    world.agent.cut().await;
+    world.agent().cut().await;
     // One exit that nobody hears, and a call that has nobody to go to.
-    world.agent.end("web", 9);
+    world.agent().end("web", 9);
     let sandbox = world.sandbox.clone();
     let calling = tokio::task::spawn(async move { sandbox.kill(World::init("web"), 15, false).await });
     tokio::task::yield_now().await;
-    world.agent.dial_control().await;
+    world.agent().dial_control().await;
     let exit = timeout(SOON, world.sandbox.wait(World::init("web"))).await.expect("in time").expect("exits");
     assert_eq!(exit.status, 9);
     // It came through: the process had ended.
@@ -240,20 +241,138 @@ async fn what_happens_while_the_control_connection_is_broken_is_told_after_it() 
 async fn a_call_whose_answer_is_lost_is_repeated_and_takes_effect_once() {
     let mut world = World::start().await;
     let mut container = world.create_container("web", json!(["print", "once"])).await.expect("creates");
-    world.agent.withhold_next_start();
+    world.agent().withhold_next_start();
     let sandbox = world.sandbox.clone();
     let starting = tokio::task::spawn(async move { sandbox.start(World::init("web")).await });
     // The program has run; only the answer is missing.
     assert_eq!(container.read_some().await, b"once");
     for _ in 0..3 {
-        world.agent.cut().await;
-        world.agent.dial_control().await;
+        world.agent().cut().await;
+        world.agent().dial_control().await;
     }
     timeout(SOON, starting).await.expect("in time").expect("does not panic").expect("starts");
     let exit = timeout(SOON, world.sandbox.wait(World::init("web"))).await.expect("in time").expect("exits");
     assert_eq!(exit.status, 0);
-    assert!(world.agent.starts() >= 2, "the call was not repeated");
+    assert!(world.agent().starts() >= 2, "the call was not repeated");
     assert_eq!(container.read_stdout().await, b"");
     assert_eq!(world.topics_of("web").await, ["/tasks/create", "/tasks/start", "/tasks/exit"]);
+    world.stop().await;
+}
+
+fn pod() -> ContainerId {
+    ContainerId(World::POD.into())
+}
+
+#[tokio::test]
+async fn a_sandbox_of_the_api_is_ready_from_its_start_to_its_stop_and_no_event_tells_of_it() {
+    let mut world = World::planned().await;
+    let unknown = world.sandbox.status(pod()).await.expect_err("is unknown");
+    assert_eq!(unknown.kind(), Kind::NotFound);
+    let pid = world.sandbox.create_sandbox(World::pod_spec()).await.expect("creates");
+    let again = world.sandbox.create_sandbox(World::pod_spec()).await.expect_err("exists");
+    assert_eq!(again.kind(), Kind::AlreadyExists);
+    assert!(!world.sandbox.status(pod()).await.expect("answers").ready, "it was not started");
+    assert_eq!(world.sandbox.start(World::init(World::POD)).await.expect("starts"), pid);
+    let status = world.sandbox.status(pod()).await.expect("answers");
+    assert!(status.ready && status.pid == pid && status.exit.is_none(), "{status:?}");
+    assert_eq!(world.sandbox.task_pid(pod()).await.expect("answers"), pid);
+    assert_eq!(world.sandbox.pids(pod()).await.expect("answers"), [pid]);
+    world.sandbox.stop_sandbox(pod()).await.expect("stops");
+    world.sandbox.stop_sandbox(pod()).await.expect("is stopped already");
+    let status = world.sandbox.status(pod()).await.expect("answers");
+    assert!(!status.ready && status.exit.is_some(), "{status:?}");
+    assert_eq!(world.sandbox.wait(World::init(World::POD)).await.expect("has ended").status, 0);
+    assert!(world.topics_of(World::POD).await.is_empty());
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn a_container_of_a_sandbox_of_the_api_lives_as_any_other() {
+    let mut world = World::start_by_sandbox_api().await;
+    world.create_container("web", json!(["exit", "3"])).await.expect("creates");
+    world.sandbox.start(World::init("web")).await.expect("starts");
+    assert_eq!(world.sandbox.wait(World::init("web")).await.expect("exits").status, 3);
+    world.sandbox.delete(World::init("web")).await.expect("deletes");
+    // containerd asks this after every deletion, and between two containers the pod must not go.
+    assert!(!world.sandbox.shutdown().await.expect("answers"));
+    assert!(world.sandbox.status(pod()).await.expect("answers").ready);
+    let topics = world.topics_of("web").await;
+    assert_eq!(topics, ["/tasks/create", "/tasks/start", "/tasks/exit", "/tasks/delete"]);
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn containers_get_the_files_that_containerd_makes_only_for_pause_containers() {
+    let destinations = |mounts: serde_json::Value| -> Vec<String> {
+        let mounts = mounts.as_array().cloned().unwrap_or_default();
+        mounts.iter().map(|mount| mount["destination"].as_str().expect("text").to_owned()).collect()
+    };
+    let world = World::start_by_sandbox_api().await;
+    world.create_container("web", json!(["hang"])).await.expect("creates");
+    let found = destinations(world.agent().mounts_of("web"));
+    assert_eq!(found, ["/etc/hostname", "/etc/hosts", "/etc/resolv.conf", "/dev/shm"]);
+    let text = world.agent().mounts_of("web").to_string();
+    assert!(!text.contains("/etc\"") && text.contains("shm:"), "paths of the host in {text}");
+    world.stop().await;
+    let world = World::start().await;
+    world.create_container("web", json!(["hang"])).await.expect("creates");
+    assert!(destinations(world.agent().mounts_of("web")).is_empty());
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn the_death_of_the_vm_leaves_a_sandbox_that_is_not_ready_until_it_is_shut_down() {
+    let world = World::start_by_sandbox_api().await;
+    world.create_container("web", json!(["hang"])).await.expect("creates");
+    world.sandbox.start(World::init("web")).await.expect("starts");
+    world.lose_vm();
+    let exit = timeout(SOON, world.sandbox.wait(World::init(World::POD))).await.expect("in time").expect("ends");
+    assert_eq!(exit.status, 137);
+    let status = world.sandbox.status(pod()).await.expect("answers");
+    assert!(!status.ready && status.exit == Some(exit), "{status:?}");
+    assert_eq!(world.sandbox.wait(World::init("web")).await.expect("exits").status, 137);
+    world.sandbox.delete(World::init("web")).await.expect("deletes");
+    // That of the task service is not the sandbox's own.
+    assert!(!world.sandbox.shutdown().await.expect("answers"));
+    world.sandbox.stop_sandbox(pod()).await.expect("is stopped already");
+    world.sandbox.shutdown_sandbox().await.expect("shuts down");
+    world.sandbox.shutdown_sandbox().await.expect("is shut down already");
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn a_shutdown_ends_a_running_pod_with_all_that_is_in_it() {
+    let mut world = World::start_by_sandbox_api().await;
+    world.create_container("web", json!(["hang"])).await.expect("creates");
+    world.sandbox.start(World::init("web")).await.expect("starts");
+    timeout(SOON, world.sandbox.shutdown_sandbox()).await.expect("in time").expect("shuts down");
+    assert_eq!(world.exits().await, ["web"]);
+    while !world.has_ended() {
+        tokio::task::yield_now().await;
+    }
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn a_shutdown_of_what_was_never_created_ends_the_driver() {
+    let world = World::planned().await;
+    timeout(SOON, world.sandbox.shutdown_sandbox()).await.expect("in time").expect("shuts down");
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn limits_of_a_pod_change_inside_what_its_vm_has_and_back() {
+    let world = World::start_by_sandbox_api().await;
+    let small = PodResources { cpu_quota: 50_000, cpu_period: 100_000, memory_bytes: 64 << 20 };
+    for limits in [small, small, PodResources::default()] {
+        world.sandbox.update_sandbox(pod(), limits).await.expect("fits");
+    }
+    let large = PodResources { memory_bytes: 1 << 30, ..PodResources::default() };
+    let refused = world.sandbox.update_sandbox(pod(), large).await.expect_err("is too much");
+    assert_eq!(refused.kind(), Kind::FailedPrecondition);
+    assert!(refused.to_string().contains("memory limit 1073741824"), "{refused}");
+    let small = r#"{"cpu":{"period":100000,"quota":50000},"memory":{"limit":67108864}}"#;
+    let none = r#"{"cpu":{"quota":-1},"memory":{"limit":-1}}"#;
+    assert_eq!(world.agent().pod_limits(), [small, small, none]);
     world.stop().await;
 }

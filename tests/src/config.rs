@@ -11,6 +11,8 @@ use crate::tools::Version;
 pub const BAD_HANDLER: &str = "bulkhead-bad";
 /// The handler that starts pods through containerd's sandbox API (2.x).
 pub const SANDBOXER_HANDLER: &str = "bulkhead-sandbox";
+/// [`BAD_HANDLER`] through the sandbox API.
+pub const BAD_SANDBOXER_HANDLER: &str = "bulkhead-sandbox-bad";
 
 /// The handler whose containers have their root file systems in image files (containerd 1.7 and later).
 pub const BLOCK_HANDLER: &str = "bulkhead-block";
@@ -19,11 +21,12 @@ pub const BLOCK_HANDLER: &str = "bulkhead-block";
 pub const SCRATCH_FILE: &str = "scratch.ext4";
 
 /// Handlers of Bulkhead in the order of the file, each with its own configuration file in [`Layout::root`].
-pub const BULKHEAD_HANDLERS: [(&str, &str); 4] = [
+pub const BULKHEAD_HANDLERS: [(&str, &str); 5] = [
     ("bulkhead", "bulkhead.toml"),
     (BAD_HANDLER, "bad.toml"),
     (SANDBOXER_HANDLER, "bulkhead.toml"),
     (BLOCK_HANDLER, "bulkhead.toml"),
+    (BAD_SANDBOXER_HANDLER, "bad.toml"),
 ];
 
 /// containerd's configuration.
@@ -88,12 +91,13 @@ mount_options = []
         runc.display()
     );
     for (handler, file) in BULKHEAD_HANDLERS {
-        if handler == SANDBOXER_HANDLER && !version.is_v2() {
+        let by_sandbox_api = [SANDBOXER_HANDLER, BAD_SANDBOXER_HANDLER].contains(&handler);
+        if by_sandbox_api && !version.is_v2() {
             continue;
         }
         let table = format!("plugins.\"{runtime}\".containerd.runtimes.{handler}");
         let special = match handler {
-            SANDBOXER_HANDLER => "sandboxer = \"shim\"\n",
+            _ if by_sandbox_api => "sandboxer = \"shim\"\n",
             BLOCK_HANDLER if version != Version::V1_6 => "snapshotter = \"blockfile\"\n",
             _ => "",
         };

@@ -12,6 +12,7 @@ pub mod command;
 pub mod config;
 pub mod container;
 pub mod containerd;
+pub mod cri;
 pub mod critest;
 pub mod ctr;
 pub mod faults;

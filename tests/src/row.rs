@@ -6,11 +6,17 @@ use std::sync::Arc;
 use anyhow::Result;
 
 use crate::command::Output;
-use crate::config::SANDBOXER_HANDLER;
+use crate::config::{BAD_HANDLER, BAD_SANDBOXER_HANDLER, SANDBOXER_HANDLER};
 use crate::containerd::Node;
 use crate::ctr::Ctr;
 use crate::pod::{self, Pod, PodSpec};
 use crate::tools::Version;
+
+/// Bulkhead through either of containerd's doors.
+pub const BULKHEAD: &[Runtime] = &[Runtime::Bulkhead, Runtime::BulkheadSandbox];
+
+/// runc, and Bulkhead through either door.
+pub const ALL: &[Runtime] = &[Runtime::Runc, Runtime::Bulkhead, Runtime::BulkheadSandbox];
 
 /// What runs the pods.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,6 +46,11 @@ impl Runtime {
             Self::Bulkhead => "bulkhead",
             Self::BulkheadSandbox => SANDBOXER_HANDLER,
         }
+    }
+
+    /// The handler whose configuration a test may break; there is none for runc, which has no such configuration.
+    pub fn bad_handler(self) -> &'static str {
+        if self == Self::BulkheadSandbox { BAD_SANDBOXER_HANDLER } else { BAD_HANDLER }
     }
 
     /// containerd's name of the runtime.

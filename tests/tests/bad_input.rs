@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use anyhow::{Result, bail, ensure};
 use bulkhead_tests::command::Run;
-use bulkhead_tests::config::{BAD_HANDLER, Bulkhead};
+use bulkhead_tests::config::Bulkhead;
 use bulkhead_tests::container::ContainerSpec;
 use bulkhead_tests::floor;
 use bulkhead_tests::pod::{self, PodSpec, namespace_mode};
-use bulkhead_tests::row::{Context, Row, Runtime};
+use bulkhead_tests::row::{BULKHEAD, Context, Row};
 use bulkhead_tests::suite;
 use bulkhead_tests::tools::Version;
 
@@ -44,7 +44,7 @@ const ROWS: &[Row] = &[
 ];
 
 fn main() -> ExitCode {
-    suite::run(&[Version::V1_6, Version::V2_4], &[Runtime::Bulkhead], ROWS)
+    suite::run(&[Version::V1_6, Version::V2_4], BULKHEAD, ROWS)
 }
 
 /// Fails unless `said` is one sentence that holds every one of `needles`.
@@ -66,7 +66,7 @@ fn refused(context: &Context, settings: &Bulkhead, needles: &[&str]) -> Result<(
 }
 
 fn refused_as_configured(context: &Context, spec: PodSpec, needles: &[&str]) -> Result<()> {
-    let (pod, output) = pod::try_start(&context.node, BAD_HANDLER, spec)?;
+    let (pod, output) = pod::try_start(&context.node, context.runtime.bad_handler(), spec)?;
     if let Some(pod) = pod {
         pod.remove_by_force()?;
         bail!("the pod was started");
@@ -248,7 +248,7 @@ fn bad_command_line(context: &Context) -> Result<()> {
 
 fn still_works(context: &Context) -> Result<()> {
     context.node.configure_bulkhead("bad.toml", &Bulkhead::default())?;
-    let pod = pod::Pod::start(&context.node, BAD_HANDLER, PodSpec::new())?;
+    let pod = pod::Pod::start(&context.node, context.runtime.bad_handler(), PodSpec::new())?;
     let (exit, _) = pod.run(ContainerSpec::new(&["true"]))?.finish(Duration::from_secs(20))?;
     ensure!(exit.code == 0, "exit {exit:?}");
     pod.remove()

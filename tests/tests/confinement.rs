@@ -9,7 +9,7 @@ use bulkhead_tests::container::ContainerSpec;
 use bulkhead_tests::faults::{self, Part};
 use bulkhead_tests::pod::{Pod, PodSpec};
 use bulkhead_tests::process::{Process, namespace_of};
-use bulkhead_tests::row::{Context, Row, Runtime};
+use bulkhead_tests::row::{BULKHEAD, Context, Row};
 use bulkhead_tests::suite;
 use bulkhead_tests::tools::Version;
 use serde_json::json;
@@ -28,7 +28,7 @@ const ROWS: &[Row] = &[
 ];
 
 fn main() -> ExitCode {
-    suite::run(&[Version::V2_4], &[Runtime::Bulkhead], ROWS)
+    suite::run(&[Version::V2_4], BULKHEAD, ROWS)
 }
 
 /// Status of every thread of `process`.

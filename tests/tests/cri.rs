@@ -9,14 +9,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use bulkhead_tests::command::wait_for;
 use bulkhead_tests::container::{Container, ContainerSpec, text_of};
+use bulkhead_tests::cri::{Resources, update_pod_resources};
 use bulkhead_tests::network::{self, MTU};
 use bulkhead_tests::pod::{Pod, PodSpec, namespace_mode};
-use bulkhead_tests::row::{Context, Row, Runtime};
+use bulkhead_tests::row::{ALL, BULKHEAD, Context, Row, Runtime};
 use bulkhead_tests::suite;
 use bulkhead_tests::tools::Version;
 use serde_json::json;
-
-const BULKHEAD: &[Runtime] = &[Runtime::Bulkhead];
 
 const ROWS: &[Row] = &[
     // Life cycle.
@@ -49,7 +48,9 @@ const ROWS: &[Row] = &[
     Row::in_pod("a privileged container may mount", privileged),
     Row::in_pod("the devices are the usual ones and no others", devices),
     Row::alone("sysctls of the pod hold in its containers", sysctls),
+    Row::in_pod("any user may listen on any port and ping", unprivileged_network).releases(&[Version::V2_4]),
     Row::in_pod("hostname, hosts and DNS are the pod's", names),
+    Row::in_pod("hosts is one file for the pod's containers, and writable unless the root is not", shared_hosts),
     Row::in_pod("shared memory is there and shared by the pod", shared_memory),
     // Volumes.
     Row::in_pod("a directory bound read-write shows changes on both sides", bind_directory),
@@ -65,6 +66,12 @@ const ROWS: &[Row] = &[
     Row::in_pod("limits are those asked for, and update changes them", update),
     Row::in_pod("a program over its memory limit ends as OOMKilled", oom),
     Row::in_pod("the container sees a limit on its processes", pids_limit).only(BULKHEAD),
+    Row::in_pod("statistics of the pod are those of its containers", pod_statistics)
+        .releases(&[Version::V2_4])
+        .only(BULKHEAD),
+    Row::alone("limits of a running pod shrink and grow inside its machine, and no further", pod_update)
+        .releases(&[Version::V2_4])
+        .only(&[Runtime::BulkheadSandbox]),
     // Together.
     Row::in_pod("two containers share localhost", localhost),
     Row::in_pod("with a PID namespace each, containers do not see one another", pid_container),
@@ -85,7 +92,7 @@ const ROWS: &[Row] = &[
 ];
 
 fn main() -> ExitCode {
-    suite::run(&[Version::V1_6, Version::V2_4], &[Runtime::Runc, Runtime::Bulkhead], ROWS)
+    suite::run(&[Version::V1_6, Version::V2_4], ALL, ROWS)
 }
 
 /// Long enough for what takes a moment, also while other pods boot.
@@ -467,6 +474,28 @@ fn names(_: &Context, pod: &Pod) -> Result<()> {
     Ok(())
 }
 
+fn unprivileged_network(_: &Context, pod: &Pod) -> Result<()> {
+    let names = ["ip_unprivileged_port_start", "ping_group_range"].map(|name| format!("/proc/sys/net/ipv4/{name}"));
+    let said = outcome(pod, ContainerSpec::new(&["cat", &names[0], &names[1]]))?;
+    ensure!(said.split_whitespace().eq(["0", "0", "2147483647"]), "the sysctls are {said:?}");
+    Ok(())
+}
+
+fn shared_hosts(_: &Context, pod: &Pod) -> Result<()> {
+    let first = pod.run(ContainerSpec::idle())?;
+    let second = pod.run(ContainerSpec::idle().security("readonly_rootfs", true))?;
+    first.shell("echo 10.9.8.7 neighbour >> /etc/hosts")?;
+    wait_for("the line to be seen", SOON, || {
+        ensure!(second.shell("cat /etc/hosts")?.contains("neighbour"), "it is not there");
+        Ok(())
+    })?;
+    let said = second.shell("echo x >> /etc/hosts 2>&1 || true")?;
+    ensure!(said.contains("Read-only"), "with a read-only root, writing said {said:?}");
+    first.shell("sed /neighbour/d /etc/hosts > /tmp/hosts; cat /tmp/hosts > /etc/hosts")?;
+    first.remove_by_force()?;
+    second.remove_by_force()
+}
+
 fn shared_memory(_: &Context, pod: &Pod) -> Result<()> {
     let writer = pod.run(ContainerSpec::script("echo here > /dev/shm/note; sleep 1000"))?;
     wait_for("a note in shared memory", SOON, || writer.exec(&["test", "-s", "/dev/shm/note"])?.success())?;
@@ -667,6 +696,46 @@ fn statistics(_: &Context, pod: &Pod) -> Result<()> {
     })?;
     container.shell("rm /dev/shm/fill")?;
     container.remove_by_force()
+}
+
+fn pod_statistics(_: &Context, pod: &Pod) -> Result<()> {
+    let container = pod.run(ContainerSpec::idle())?;
+    container.shell("dd if=/dev/zero of=/dev/shm/fill bs=1M count=20 2>/dev/null")?;
+    wait_for("statistics of the pod", SOON, || {
+        let said = pod.crictl(&["statsp", "-o", "json", "--id", &pod.id]).success()?.text();
+        let all: serde_json::Value =
+            serde_json::from_str(&said).with_context(|| format!("crictl statsp said {said}"))?;
+        let stats = all["stats"].get(0).with_context(|| format!("no statistics in {all}"))?;
+        let memory = counter(stats, "/linux/memory/workingSetBytes")?;
+        ensure!(memory >= 16 << 20, "{memory} bytes of memory for 20 MiB written");
+        let cpu = counter(stats, "/linux/cpu/usageCoreNanoSeconds")?;
+        ensure!(cpu > 0, "no CPU time in {stats}");
+        Ok(())
+    })?;
+    container.shell("rm /dev/shm/fill")?;
+    container.remove_by_force()
+}
+
+fn pod_update(context: &Context) -> Result<()> {
+    const MIB: i64 = 1 << 20;
+    let of = |mib: i64| Resources { cpu_period: 100_000, cpu_quota: 100_000, memory_limit_in_bytes: mib * MIB };
+    let asked = json!({"cpu_period": 100_000, "cpu_quota": 100_000, "memory_limit_in_bytes": 256 * MIB});
+    let pod = context.start(PodSpec::new().set("/linux/resources", asked))?;
+    // Without a limit of its own. `tail` keeps what it reads until a line ends, and here none does.
+    let container = pod.run(ContainerSpec::idle())?;
+    let kept = || container.shell("head -c 40000000 /dev/zero | tail 2>/dev/null | wc -c");
+    ensure!(kept()? == "40000000", "a program cannot hold 40 MB in a pod of 256 MiB");
+    for _ in 0..2 {
+        update_pod_resources(&pod, of(32))?;
+        ensure!(kept()? != "40000000", "a program holds 40 MB in a pod of 32 MiB");
+    }
+    let said = update_pod_resources(&pod, of(1024)).err().context("a pod of 256 MiB became one of 1 GiB")?.to_string();
+    ensure!(said.contains("memory limit 1073741824") && said.contains("accepted is up to"), "containerd said {said:?}");
+    ensure!(kept()? != "40000000", "a refused update took effect");
+    update_pod_resources(&pod, of(256))?;
+    ensure!(kept()? == "40000000", "the limit stays after it was taken back");
+    container.remove_by_force()?;
+    pod.remove()
 }
 
 /// The container's own view of a limit, under either version of control groups.

@@ -10,13 +10,11 @@ use bulkhead_tests::container::{ContainerSpec, text_of};
 use bulkhead_tests::faults::{self, Part};
 use bulkhead_tests::pod::{Pod, PodSpec};
 use bulkhead_tests::process::Process;
-use bulkhead_tests::row::{Context, Row, Runtime};
+use bulkhead_tests::row::{ALL, BULKHEAD, Context, Row, Runtime};
 use bulkhead_tests::suite;
 use bulkhead_tests::tools::Version;
 use nix::sys::signal::Signal;
 use serde_json::json;
-
-const BULKHEAD: &[Runtime] = &[Runtime::Bulkhead];
 
 const ROWS: &[Row] = &[
     Row::alone(
@@ -42,7 +40,7 @@ const ROWS: &[Row] = &[
 ];
 
 fn main() -> ExitCode {
-    suite::run(&[Version::V1_6, Version::V2_4], &[Runtime::Runc, Runtime::Bulkhead], ROWS)
+    suite::run(&[Version::V1_6, Version::V2_4], ALL, ROWS)
 }
 
 const SOON: Duration = Duration::from_secs(20);
@@ -168,6 +166,11 @@ fn containerd_killed(context: &Context) -> Result<()> {
     }
     container.stop(5)?;
     container.remove()?;
+    // What a new container of the pod finds is still what the pod was made with.
+    let (exit, log) = pod.run(ContainerSpec::script("hostname; cat /etc/hostname /etc/resolv.conf"))?.finish(SOON)?;
+    let said = text_of(&log, "stdout");
+    ensure!(exit.code == 0 && said.starts_with("compartment\ncompartment\n"), "{exit:?}, it found {said:?}");
+    ensure!(said.contains("nameserver 10.0.0.10"), "it found {said:?}");
     pod.remove()
 }
 

@@ -10,7 +10,7 @@ use bulkhead_tests::container::ContainerSpec;
 use bulkhead_tests::faults::{self, Part};
 use bulkhead_tests::leaks::Snapshot;
 use bulkhead_tests::pod::{Pod, PodSpec};
-use bulkhead_tests::row::{Context, Row, Runtime};
+use bulkhead_tests::row::{ALL, BULKHEAD, Context, Row, Runtime};
 use bulkhead_tests::suite;
 use bulkhead_tests::tools::Version;
 
@@ -19,14 +19,13 @@ const ROWS: &[Row] = &[
         .only(&[Runtime::Runc]),
     Row::alone("a pod started and removed ten times leaves nothing", one_after_the_other),
     Row::alone("six pods started and removed at once leave nothing", at_once),
-    Row::alone("a running pod has everything that the check looks for", check_sees_a_pod).only(&[Runtime::Bulkhead]),
-    Row::alone("the shim holds no more files and threads after fifty execs", shim_keeps_nothing)
-        .only(&[Runtime::Bulkhead]),
+    Row::alone("a running pod has everything that the check looks for", check_sees_a_pod).only(BULKHEAD),
+    Row::alone("the shim holds no more files and threads after fifty execs", shim_keeps_nothing).only(BULKHEAD),
     Row::alone("a pod stopped but not removed has nothing running", stopped_pod),
 ];
 
 fn main() -> ExitCode {
-    suite::run(&[Version::V2_4], &[Runtime::Runc, Runtime::Bulkhead], ROWS)
+    suite::run(&[Version::V2_4], ALL, ROWS)
 }
 
 const SOON: Duration = Duration::from_secs(20);

@@ -9,7 +9,7 @@ use bulkhead_tests::command::{pause, wait_for};
 use bulkhead_tests::container::{ContainerSpec, exec_result, text_of};
 use bulkhead_tests::image::hex;
 use bulkhead_tests::pod::{Pod, PodSpec};
-use bulkhead_tests::row::{Context, Row, Runtime};
+use bulkhead_tests::row::{ALL, Context, Row};
 use bulkhead_tests::suite;
 use bulkhead_tests::terminal::Terminal;
 use bulkhead_tests::tools::Version;
@@ -36,7 +36,7 @@ const ROWS: &[Row] = &[
 ];
 
 fn main() -> ExitCode {
-    suite::run(&[Version::V1_6, Version::V2_4], &[Runtime::Runc, Runtime::Bulkhead], ROWS)
+    suite::run(&[Version::V1_6, Version::V2_4], ALL, ROWS)
 }
 
 const SOON: Duration = Duration::from_secs(20);

@@ -3,5 +3,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    bulkhead_shim::bootstrap::main(bulkhead_shim::service::serve, bulkhead_shim::store::teardown::run)
+    bulkhead_shim::bootstrap::main(bulkhead_shim::service::run, bulkhead_shim::store::teardown::run)
 }

@@ -86,10 +86,15 @@ pub fn check_ipc_namespace(spec: &Value) -> Result<()> {
     if namespaces(spec).iter().any(|(kind, _)| kind == "ipc") {
         return Ok(());
     }
-    Err(Error::invalid(
+    Err(host_ipc_refused())
+}
+
+/// Error for a pod that asks for the host's IPC namespace.
+pub fn host_ipc_refused() -> Error {
+    Error::invalid(
         "the host's IPC namespace (hostIPC: true) is not available to a pod in a virtual machine: an IPC namespace of its \
          own is needed",
-    ))
+    )
 }
 
 /// The namespaced sysctls of the spec.

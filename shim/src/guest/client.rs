@@ -195,6 +195,16 @@ impl Guest {
         .map(drop)
     }
 
+    /// Changes what the pod's containers may use together.
+    pub async fn update_sandbox(&self, request: agent::UpdateSandboxRequest) -> Result<()> {
+        self.call("update sandbox in the guest", timeouts::AGENT_CALL, |mut client| {
+            let request = request.clone();
+            async move { client.update_sandbox(request).await }
+        })
+        .await
+        .map(drop)
+    }
+
     /// Freezes a container.
     pub async fn pause_container(&self, request: agent::PauseContainerRequest) -> Result<()> {
         self.call("pause container in the guest", timeouts::AGENT_CALL, |mut client| {

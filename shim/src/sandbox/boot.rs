@@ -21,7 +21,6 @@ use crate::annotations::Annotations;
 use crate::bootstrap::ServeConfig;
 use crate::cgroup::PodCgroup;
 use crate::config::{Asset, Config};
-use crate::container::spec::{self, Role};
 use crate::device::balloon::Balloon;
 use crate::device::block::ScsiController;
 use crate::device::file::FileRole;
@@ -39,10 +38,11 @@ use crate::namespace::{self, ShareRoot};
 use crate::network::forward::Forward;
 use crate::network::{self, PodNetwork};
 use crate::process::{Child, ChildExit, Credentials};
-use crate::sandbox::CreateTask;
 use crate::sandbox::ledger::Ledger;
-use crate::sizing::{self, Host, Limits, VmSize};
+use crate::sandbox::spec::SandboxSpec;
+use crate::sizing::{self, Ceiling, Host, VmSize};
 use crate::storage::container::Place;
+use crate::storage::etc::EtcFiles;
 use crate::storage::share::{Share, ShareLaunch};
 use crate::store::Entry;
 use crate::timeouts;
@@ -87,8 +87,8 @@ impl SandboxIdentity {
     }
 
     /// The configuration that counts: `start`'s, or where it was given none, that of the first Create's options.
-    fn config_for(&self, task: &CreateTask) -> Result<Config> {
-        match &task.options {
+    fn config_for(&self, spec: &SandboxSpec) -> Result<Config> {
+        match &spec.options {
             Some((type_url, value)) if !self.options_given => self.config.adopt(type_url, value),
             _ => Ok(self.config.clone()),
         }
@@ -106,6 +106,10 @@ pub struct Access {
     pub listener: Listener,
     /// Where storage goes.
     pub place: Place,
+    /// Files that every container of the pod gets; None where containerd makes them.
+    pub etc: Option<EtcFiles>,
+    /// What the VM can give.
+    pub ceiling: Ceiling,
 }
 
 /// Everything of a running pod. [`Pod::tear_down`] ends it.
@@ -297,62 +301,45 @@ struct Plan {
 
 impl Plan {
     /// Blocks on the file system.
-    fn make(identity: &SandboxIdentity, task: &CreateTask) -> Result<Self> {
-        let config = identity.config_for(task)?;
-        let netns = network::netns_of(&task.spec)?;
-        spec::check_ipc_namespace(&task.spec)?;
-        let annotations = spec::annotations(&task.spec);
-        let pairs = annotations.iter().map(|(key, value)| (key.as_str(), value.as_str()));
+    fn make(identity: &SandboxIdentity, spec: &SandboxSpec) -> Result<Self> {
+        let config = identity.config_for(spec)?;
+        let pairs = spec.annotations.iter().map(|(key, value)| (key.as_str(), value.as_str()));
         let annotations = Annotations::parse(pairs, &config.allowed_annotations)?;
-        let typed = serde_json::from_value(task.spec.clone()).or_kind(Kind::InvalidArgument, "read spec")?;
-        let size = sizing::size(Limits::from_spec(&typed)?, &annotations, &config, Host::measure()?);
+        let size = sizing::size(spec.limits, &annotations, &config, Host::measure()?);
         let accel = accel::detect(config.qemu.accel)?;
         let find = |asset| config.find(asset, &identity.exe);
-        let cgroups_path = spec::string(&task.spec, "/linux/cgroupsPath");
         Ok(Self {
             size,
-            netns,
+            netns: spec.netns.clone(),
             accel,
             kernel: find(Asset::Kernel)?,
             initramfs: find(Asset::Initramfs)?,
             qemu: find(Asset::Qemu)?,
             virtiofsd: find(Asset::Virtiofsd)?,
-            cgroup: PodCgroup::plan(&cgroups_path, &identity.sandbox_id)?,
-            oom_score_adj: oom_score_adj(&task.spec),
+            cgroup: PodCgroup::plan(&spec.cgroups_path, &identity.sandbox_id)?,
+            oom_score_adj: spec.oom_score_adj,
             uid: rand::random_range(FIRST_UID..=LAST_UID),
             config: Config { machine: annotations.machine.unwrap_or(config.machine), ..config },
         })
     }
 }
 
-/// Size of the pod's /dev/shm, as containerd makes it.
-const SHM_BYTES: u64 = 64 << 20;
-
 /// Range of the users of pods: above what systemd and kubelet hand out.
 const FIRST_UID: u32 = 0x6000_0000;
 const LAST_UID: u32 = 0x6fff_ffff;
 
-/// The pod's processes are killed for want of memory as its containers would be; the sandbox's own value (-998) would make
-/// the guest's memory the last that the host gets back.
-fn oom_score_adj(spec: &serde_json::Value) -> Option<i32> {
-    let value = spec.pointer("/process/oomScoreAdj").and_then(serde_json::Value::as_i64)?;
-    i32::try_from(value.max(0)).ok()
-}
-
 /// What a boot is asked for.
 #[derive(Debug)]
 pub struct BootRequest {
-    /// The first Create.
-    pub task: Arc<CreateTask>,
-    /// What its spec describes.
-    pub role: Role,
+    /// The sandbox.
+    pub spec: Arc<SandboxSpec>,
     /// Where the guest's events go.
     pub guest_events: mpsc::Sender<GuestEvent>,
     /// Fires when the sandbox is killed meanwhile.
     pub cancel: CancellationToken,
 }
 
-/// Boots the pod that the request's task describes. On an error, or when its `cancel` fires, nothing of it is left.
+/// Boots the pod that the request describes. On an error, or when its `cancel` fires, nothing of it is left.
 ///
 /// Not cancel safe itself: run it as a job.
 pub async fn boot(identity: Arc<SandboxIdentity>, request: BootRequest) -> Result<Pod> {
@@ -386,8 +373,8 @@ async fn assemble(
     stopwatch: &mut Stopwatch,
 ) -> Result<Access> {
     let plan = {
-        let (identity, task) = (Arc::clone(identity), Arc::clone(&request.task));
-        blocking("plan the sandbox", move || Plan::make(&identity, &task)).await?
+        let (identity, spec) = (Arc::clone(identity), Arc::clone(&request.spec));
+        blocking("plan the sandbox", move || Plan::make(&identity, &spec)).await?
     };
     if let Some(reason) = &plan.accel.no_kvm {
         tracing::warn!(reason, "no hardware virtualisation: QEMU emulates, which is slow");
@@ -398,6 +385,11 @@ async fn assemble(
         blocking("begin the journal", move || Ledger::begin(&identity)).await?
     };
     let journal = parts.journal.insert(journal).clone();
+    let etc = {
+        let (identity, spec) = (Arc::clone(identity), Arc::clone(&request.spec));
+        let write = move || Ok(spec.etc.as_ref().map(|etc| EtcFiles::write(&identity.directory, etc)).transpose()?);
+        blocking("write the pod's files of /etc", write).await?
+    };
     let host = {
         let root = identity.directory.join("share");
         blocking("prepare the pod's mount namespace", move || Ok(HostThread::start(namespace::prepare(root))?)).await?
@@ -488,7 +480,7 @@ async fn assemble(
     stopwatch.note("guest.kernel", Duration::from_micros(hello.init_started_us));
     stopwatch.note("guest.init", Duration::from_micros(hello.hello_answered_us.saturating_sub(hello.init_started_us)));
 
-    let create = create_sandbox(&request.task, request.role, network);
+    let create = create_sandbox(&request.spec, network);
     let created = vm.while_alive("make the guest a pod", timeouts::AGENT_CREATE, guest.create_sandbox(create));
     let forward = start_forward(plan.netns.as_deref(), &guest, &listener);
     let (created, forward) = tokio::join!(created, forward);
@@ -505,6 +497,8 @@ async fn assemble(
         guest,
         listener,
         place: Place { host, share, disks: vm.disks() },
+        etc,
+        ceiling: Ceiling { limits: request.spec.limits, size: plan.size },
     })
 }
 
@@ -609,16 +603,14 @@ fn vm_config(
     Ok((config, files))
 }
 
-fn create_sandbox(task: &CreateTask, role: Role, network: &PodNetwork) -> agent::CreateSandboxRequest {
-    let hostname = spec::string(&task.spec, "/hostname");
+fn create_sandbox(spec: &SandboxSpec, network: &PodNetwork) -> agent::CreateSandboxRequest {
     agent::CreateSandboxRequest {
-        // A container without a pod has its own host name by its spec; without one the guest keeps its default.
-        hostname: if hostname.is_empty() && role == Role::Single { task.id.0.clone() } else { hostname },
-        sysctls: spec::sysctls(&task.spec).into_iter().collect(),
+        hostname: spec.hostname.clone(),
+        sysctls: spec.sysctls.clone().into_iter().collect(),
         interfaces: network.interfaces.clone(),
         routes: network.routes.clone(),
         neighbours: network.neighbours.clone(),
-        shm_size_bytes: SHM_BYTES,
+        shm_size_bytes: spec.shm_bytes,
         share_tag: SHARE_TAG.into(),
     }
 }

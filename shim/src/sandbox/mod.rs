@@ -13,9 +13,11 @@
 pub mod boot;
 pub mod driver;
 mod ledger;
+pub mod spec;
 pub mod state;
 
 use std::path::PathBuf;
+use std::time::SystemTime;
 
 use bulkhead_proto::agent;
 use serde_json::Value;
@@ -24,8 +26,10 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::container::process::{Exit, Phase};
 use crate::container::stdio::StdioPaths;
 use crate::container::{ContainerId, ProcessId};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
+use crate::sandbox::spec::{PodResources, SandboxSpec};
 use crate::storage::plan::Mount;
+use crate::timeouts;
 
 /// What Create asks for.
 #[derive(Debug)]
@@ -81,6 +85,19 @@ pub struct Deleted {
     pub exit: Option<Exit>,
 }
 
+/// A sandbox of the sandbox API as its status tells it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SandboxStatus {
+    /// Host pid that stands for the pod: namespace paths of its containers name it.
+    pub pid: u32,
+    /// It was started, and its VM lives.
+    pub ready: bool,
+    /// When it was asked for.
+    pub created_at: SystemTime,
+    /// Set once nothing of it is left on the host.
+    pub exit: Option<Exit>,
+}
+
 type Reply<T> = oneshot::Sender<Result<T>>;
 
 /// One request to the driver.
@@ -88,6 +105,8 @@ type Reply<T> = oneshot::Sender<Result<T>>;
 pub enum Command {
     /// See [`SandboxHandle::create`].
     Create(Box<CreateTask>, Reply<u32>),
+    /// See [`SandboxHandle::create_sandbox`].
+    CreateSandbox(Box<SandboxSpec>, Reply<u32>),
     /// See [`SandboxHandle::start`].
     Start(ProcessId, Reply<u32>),
     /// See [`SandboxHandle::exec`].
@@ -116,6 +135,14 @@ pub enum Command {
     Stats(ContainerId, Reply<agent::Stats>),
     /// See [`SandboxHandle::task_pid`].
     TaskPid(ContainerId, Reply<u32>),
+    /// See [`SandboxHandle::status`].
+    Status(ContainerId, Reply<SandboxStatus>),
+    /// See [`SandboxHandle::update_sandbox`].
+    UpdateSandbox(ContainerId, PodResources, Reply<()>),
+    /// See [`SandboxHandle::stop_sandbox`].
+    StopSandbox(ContainerId, Reply<watch::Receiver<Option<Exit>>>),
+    /// See [`SandboxHandle::shutdown_sandbox`].
+    ShutdownSandbox(Reply<()>),
     /// See [`SandboxHandle::shutdown`].
     Shutdown(Reply<bool>),
 }
@@ -143,6 +170,11 @@ impl SandboxHandle {
     /// Creates a task; the first one boots the VM. Returns its host pid. The create event is queued before this returns.
     pub async fn create(&self, task: CreateTask) -> Result<u32> {
         self.ask(|reply| Command::Create(Box::new(task), reply)).await
+    }
+
+    /// Boots the VM of a sandbox that is no task. Returns its host pid; no event tells of it.
+    pub async fn create_sandbox(&self, spec: SandboxSpec) -> Result<u32> {
+        self.ask(|reply| Command::CreateSandbox(Box::new(spec), reply)).await
     }
 
     /// Runs a created process. Returns its host pid. The start event is queued before this returns, and before its exit.
@@ -216,6 +248,35 @@ impl SandboxHandle {
     /// The host pid of a container's init, or the shim's own for an id not created yet.
     pub async fn task_pid(&self, id: ContainerId) -> Result<u32> {
         self.ask(|reply| Command::TaskPid(id, reply)).await
+    }
+
+    /// Where the sandbox stands; answered from the host. Not found if it was never created.
+    pub async fn status(&self, id: ContainerId) -> Result<SandboxStatus> {
+        self.ask(|reply| Command::Status(id, reply)).await
+    }
+
+    /// Changes what the containers of a running pod may use together, inside what its VM has. Safe to repeat and to undo.
+    pub async fn update_sandbox(&self, id: ContainerId, resources: PodResources) -> Result<()> {
+        self.ask(|reply| Command::UpdateSandbox(id, resources, reply)).await
+    }
+
+    /// Ends the pod and returns when nothing of it is left on the host but its records. Safe to repeat.
+    pub async fn stop_sandbox(&self, id: ContainerId) -> Result<()> {
+        let mut exit = self.ask(|reply| Command::StopSandbox(id, reply)).await?;
+        match tokio::time::timeout(timeouts::STOP, exit.wait_for(Option::is_some)).await {
+            // An error means that the sandbox was forgotten meanwhile, as one that is killed while it boots.
+            Ok(_) => Ok(()),
+            Err(_) => Err(Error::deadline(format!("the pod did not end within {:?}", timeouts::STOP))),
+        }
+    }
+
+    /// Ends the pod, forgets it and all its containers, and ends the driver; returns when that is done. Safe to repeat.
+    pub async fn shutdown_sandbox(&self) -> Result<()> {
+        match self.ask(Command::ShutdownSandbox).await {
+            // Another one was first.
+            Err(error) if error.kind() == Kind::Unavailable => Ok(()),
+            done => done,
+        }
     }
 
     /// Ends the driver if nothing lives any more; true if it ends.

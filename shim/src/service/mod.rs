@@ -4,6 +4,8 @@
 
 pub mod convert;
 pub mod creator;
+pub mod cri;
+pub mod sandbox;
 pub mod task;
 
 use std::collections::HashMap;
@@ -13,14 +15,17 @@ use std::time::Duration;
 
 use anyhow::Context;
 use containerd_shim_protos::shim_async::create_task;
+use containerd_shim_protos::ttrpc::Result as TtrpcResult;
 use containerd_shim_protos::ttrpc::r#async::Server;
 use containerd_shim_protos::ttrpc::r#async::Service;
 use containerd_shim_protos::ttrpc::r#async::transport::{Listener, Socket};
 use futures::{FutureExt as _, TryStreamExt as _};
 use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
+use tracing::Instrument as _;
 
 use crate::bootstrap::ServeConfig;
+use crate::error::Result;
 use crate::events::EventQueue;
 use crate::sandbox::SandboxHandle;
 use crate::sandbox::boot::{self, SandboxIdentity};
@@ -33,15 +38,16 @@ const LAST_EVENTS: Duration = Duration::from_secs(2);
 const TASK_V2: &str = "containerd.task.v2.Task";
 const TASK_V3: &str = "containerd.task.v3.Task";
 
-/// Serves one sandbox until containerd's Shutdown is granted; then nothing of it is left but what containerd owns.
-pub async fn serve(config: ServeConfig) -> anyhow::Result<()> {
+/// Serves one sandbox until its shutdown is granted; then nothing of it is left but what containerd owns.
+pub async fn run(config: ServeConfig) -> anyhow::Result<()> {
     let events = EventQueue::start(config.ttrpc_address.as_deref(), config.namespace.clone());
     let identity = Arc::new(SandboxIdentity::new(&config));
     let (sandbox, commands) = SandboxHandle::new();
     let socket_path = config.socket_path.clone();
     let mut server = Server::new()
         .add_listener(listener(config.listener.try_clone().context("take over the shim's socket")?)?)
-        .register_service(task_services(sandbox, &identity));
+        .register_service(task_services(sandbox.clone(), &identity))
+        .register_service(sandbox::services(sandbox, &identity));
     server.start().await.context("serve containerd")?;
     let booter = Box::new(move |request| boot::boot(Arc::clone(&identity), request).boxed());
     let creator_gone = creator::gone(config.ttrpc_address.clone()).boxed();
@@ -69,6 +75,30 @@ fn task_services(sandbox: SandboxHandle, identity: &SandboxIdentity) -> HashMap<
         services.insert(TASK_V2.to_owned(), v2);
     }
     services
+}
+
+/// Runs one request in its span and turns its error into a status, once.
+async fn serve<T>(
+    rpc: &'static str,
+    id: &str,
+    exec_id: &str,
+    request: impl Future<Output = Result<T>>,
+) -> TtrpcResult<T> {
+    let span = tracing::info_span!("request", rpc, container_id = %id, exec_id = %exec_id);
+    async {
+        match request.await {
+            Ok(answer) => {
+                tracing::debug!("request served");
+                Ok(answer)
+            }
+            Err(error) => {
+                tracing::debug!(%error, kind = ?error.kind(), "request failed");
+                Err(convert::status(&error))
+            }
+        }
+    }
+    .instrument(span)
+    .await
 }
 
 fn listener(listener: std::os::unix::net::UnixListener) -> anyhow::Result<Listener> {

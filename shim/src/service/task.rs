@@ -12,13 +12,12 @@ use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::shim_async::Task;
 use containerd_shim_protos::ttrpc::Result as TtrpcResult;
 use containerd_shim_protos::ttrpc::r#async::TtrpcContext;
-use tracing::Instrument as _;
 
 use crate::container::{ContainerId, ProcessId};
 use crate::error::{Error, Result};
 use crate::sandbox::boot::SandboxIdentity;
 use crate::sandbox::{CreateTask, SandboxHandle};
-use crate::service::convert;
+use crate::service::{convert, serve};
 use crate::{metrics, paths};
 
 /// The Task service of one sandbox.
@@ -50,30 +49,6 @@ impl TaskService {
         paths::write_address(&task.bundle, &self.address)?;
         Ok(task)
     }
-}
-
-/// Runs one request in its span and turns its error into a status, once.
-async fn serve<T>(
-    rpc: &'static str,
-    id: &str,
-    exec_id: &str,
-    request: impl Future<Output = Result<T>>,
-) -> TtrpcResult<T> {
-    let span = tracing::info_span!("request", rpc, container_id = %id, exec_id = %exec_id);
-    async {
-        match request.await {
-            Ok(answer) => {
-                tracing::debug!("request served");
-                Ok(answer)
-            }
-            Err(error) => {
-                tracing::debug!(%error, kind = ?error.kind(), "request failed");
-                Err(convert::status(&error))
-            }
-        }
-    }
-    .instrument(span)
-    .await
 }
 
 type Empty = containerd_shim_protos::protobuf::well_known_types::empty::Empty;

@@ -5,6 +5,7 @@
 
 pub mod container;
 pub mod disk;
+pub mod etc;
 pub mod plan;
 pub mod rootfs;
 pub mod share;

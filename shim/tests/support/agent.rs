@@ -39,6 +39,8 @@ struct State {
     /// The next start takes effect, and its answer never leaves.
     withheld: bool,
     starts: u32,
+    pod_limits: Vec<String>,
+    mounts: HashMap<String, serde_json::Value>,
 }
 
 struct Process {
@@ -179,6 +181,16 @@ impl FakeAgent {
         }
     }
 
+    /// Limits of the pod that were set, each as JSON, in order.
+    pub fn pod_limits(&self) -> Vec<String> {
+        self.state.lock().expect("not poisoned").pod_limits.clone()
+    }
+
+    /// Mounts of a container's spec.
+    pub fn mounts_of(&self, container: &str) -> serde_json::Value {
+        self.state.lock().expect("not poisoned").mounts.get(container).cloned().unwrap_or_default()
+    }
+
     fn register(&self, container_id: String, exec_id: String, process: &serde_json::Value, stdio: agent::Stdio) {
         let args = process["args"].as_array().expect("args").iter();
         let args = args.map(|arg| arg.as_str().expect("a string").to_owned()).collect();
@@ -217,6 +229,8 @@ impl Agent for FakeAgent {
     ) -> Answer<agent::CreateContainerResponse> {
         let request = request.into_inner();
         let spec: serde_json::Value = serde_json::from_slice(&request.spec_json).expect("spec is JSON");
+        let mounts = spec["mounts"].clone();
+        self.state.lock().expect("not poisoned").mounts.insert(request.container_id.clone(), mounts);
         self.register(request.container_id, String::new(), &spec["process"], request.stdio.unwrap_or_default());
         Ok(Response::new(agent::CreateContainerResponse { guest_pid: 7, ..Default::default() }))
     }
@@ -290,6 +304,15 @@ impl Agent for FakeAgent {
             .remove(&(request.container_id, request.exec_id))
             .map(|_| Response::new(agent::DeleteResponse {}))
             .ok_or_else(|| Status::not_found("no such process"))
+    }
+
+    async fn update_sandbox(
+        &self,
+        request: Request<agent::UpdateSandboxRequest>,
+    ) -> Answer<agent::UpdateSandboxResponse> {
+        let json = String::from_utf8(request.into_inner().resources_json).expect("is text");
+        self.state.lock().expect("not poisoned").pod_limits.push(json);
+        Ok(Response::new(agent::UpdateSandboxResponse {}))
     }
 
     async fn update_container(

@@ -1,5 +1,6 @@
 //! A driver with a pod that has an agent but no VM, real FIFOs, and a ttrpc server that takes its events.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -14,8 +15,11 @@ use bulkhead_shim::host::HostThread;
 use bulkhead_shim::namespace::{self, ShareRoot};
 use bulkhead_shim::sandbox::boot::{Access, BootRequest, Pod};
 use bulkhead_shim::sandbox::driver::Driver;
+use bulkhead_shim::sandbox::spec::{SHM_BYTES, SandboxSpec};
 use bulkhead_shim::sandbox::{CreateTask, ExecTask, SandboxHandle};
+use bulkhead_shim::sizing::{Ceiling, Limits, VmSize};
 use bulkhead_shim::storage::container::Place;
+use bulkhead_shim::storage::etc::EtcFiles;
 use bulkhead_shim::storage::plan::Mount;
 use containerd_shim_protos::api::Empty;
 use containerd_shim_protos::events::task::TaskExit;
@@ -40,8 +44,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 pub struct World {
     pub sandbox: SandboxHandle,
-    pub agent: FakeAgent,
     dir: TempDir,
+    agent: SharedAgent,
     lost: CancellationToken,
     events: EventQueue,
     taken: Taken,
@@ -57,6 +61,9 @@ pub struct Fifos {
 
 /// What the events say: topic, container id, and for an exit the id of what ended.
 type Taken = Arc<Mutex<Vec<(String, String, String)>>>;
+
+/// The agent, once the pod is booted.
+type SharedAgent = Arc<Mutex<Option<FakeAgent>>>;
 
 struct Recorder(Taken);
 
@@ -75,8 +82,42 @@ impl World {
     /// Id of the pod.
     pub const POD: &str = "pod";
 
-    /// A started pod without containers.
+    /// A started pod without containers, whose first task is a pause container.
     pub async fn start() -> Self {
+        let world = Self::planned().await;
+        let pod = Self::pod(world.dir.path());
+        world.sandbox.create(pod).await.expect("creates the pod");
+        world.sandbox.start(Self::init(Self::POD)).await.expect("starts the pod");
+        world
+    }
+
+    /// A started pod without containers, made by the sandbox API.
+    pub async fn start_by_sandbox_api() -> Self {
+        let world = Self::planned().await;
+        world.sandbox.create_sandbox(Self::pod_spec()).await.expect("creates the pod");
+        world.sandbox.start(Self::init(Self::POD)).await.expect("starts the pod");
+        world
+    }
+
+    /// What the sandbox API says of the pod: nothing special.
+    pub fn pod_spec() -> SandboxSpec {
+        SandboxSpec {
+            id: ContainerId(Self::POD.into()),
+            options: None,
+            netns: None,
+            hostname: "compartment".into(),
+            sysctls: BTreeMap::new(),
+            cgroups_path: String::new(),
+            limits: Limits::default(),
+            annotations: BTreeMap::new(),
+            oom_score_adj: None,
+            shm_bytes: SHM_BYTES,
+            etc: Some(bulkhead_shim::storage::etc::Etc { hostname: "compartment".into(), dns: None }),
+        }
+    }
+
+    /// A driver to which nobody has spoken yet.
+    pub async fn planned() -> Self {
         let dir = tempfile::tempdir().expect("makes a directory");
         let taken = Taken::default();
         let socket = dir.path().join("events.sock");
@@ -88,19 +129,14 @@ impl World {
         let events = EventQueue::start(socket.to_str(), "test");
 
         let lost = CancellationToken::new();
-        let (root, booter_lost) = (dir.path().to_owned(), lost.clone());
-        let (told, agent) = tokio::sync::oneshot::channel();
-        let told = Arc::new(Mutex::new(Some(told)));
+        let agent = SharedAgent::default();
+        let (root, booter_lost, booter_agent) = (dir.path().to_owned(), lost.clone(), agent.clone());
         let booter = Box::new(move |request: BootRequest| {
-            let told = told.lock().expect("not poisoned").take().expect("boots once");
-            boot(root.clone(), booter_lost.clone(), told, request).boxed()
+            boot(root.clone(), booter_lost.clone(), booter_agent.clone(), request).boxed()
         });
         let (sandbox, commands) = SandboxHandle::new();
         let driver = tokio::task::spawn(Driver::new(booter, events.events()).run(commands));
-        sandbox.create(Self::pod(dir.path())).await.expect("creates the pod");
-        sandbox.start(Self::init(Self::POD)).await.expect("starts the pod");
-        let agent = agent.await.expect("was booted");
-        Self { sandbox, agent, dir, lost, events, taken, driver, containerd }
+        Self { sandbox, dir, agent, lost, events, taken, driver, containerd }
     }
 
     /// What containerd asks for a pod whose bundle is `bundle`.
@@ -110,9 +146,23 @@ impl World {
             bundle: bundle.to_owned(),
             rootfs: Vec::new(),
             stdio: StdioPaths::default(),
-            spec: json!({"annotations": {"io.kubernetes.cri.container-type": "sandbox"}}),
+            spec: json!({
+                "ociVersion": "1.1.0",
+                "annotations": {"io.kubernetes.cri.container-type": "sandbox"},
+                "linux": {"namespaces": [{"type": "network"}, {"type": "ipc"}]}
+            }),
             options: None,
         }
+    }
+
+    /// The agent of a booted pod.
+    pub fn agent(&self) -> FakeAgent {
+        self.agent.lock().expect("not poisoned").clone().expect("the pod is booted")
+    }
+
+    /// Whether the driver has ended.
+    pub fn has_ended(&self) -> bool {
+        self.driver.is_finished()
     }
 
     pub fn init(container: &str) -> ProcessId {
@@ -187,7 +237,7 @@ impl World {
     /// Ends everything.
     pub async fn stop(self) {
         let Self { sandbox, driver, events, mut containerd, .. } = self;
-        // With the last handle the driver's queue ends, and with it the driver.
+        // With the last handle the driver's queue ends, and with it the driver; unless a shutdown was first.
         drop(sandbox);
         timeout(PATIENCE, driver).await.expect("ends in time").expect("does not panic");
         events.shutdown(PATIENCE).await;
@@ -227,21 +277,18 @@ impl Fifos {
     }
 }
 
-async fn boot(
-    root: PathBuf,
-    lost: CancellationToken,
-    told: tokio::sync::oneshot::Sender<FakeAgent>,
-    request: BootRequest,
-) -> Result<Pod> {
+async fn boot(root: PathBuf, lost: CancellationToken, shared: SharedAgent, request: BootRequest) -> Result<Pod> {
     let socket = root.join("vsock_1024");
     let acceptor = Acceptor::Unix(UnixListener::bind(&socket).expect("binds"));
     let (listener, control, _task) = Listener::start(acceptor);
     let agent = FakeAgent::serve(&socket).await;
+    *shared.lock().expect("not poisoned") = Some(agent);
     let (guest, _guest_task, _hello) = Guest::connect(control, request.guest_events).await?;
-    told.send(agent).ok().expect("the world waits for it");
     let share = root.join("share");
     let host = HostThread::start(namespace::prepare(share.clone()))?;
     let place = Place { host, share: ShareRoot::new(share), disks: None };
-    let access = Access { sandbox_id: World::POD.into(), guest, listener, place };
+    let etc = request.spec.etc.as_ref().map(|etc| EtcFiles::write(&root, etc).expect("writes"));
+    let ceiling = Ceiling { limits: request.spec.limits, size: VmSize { vcpus: 1, memory_mib: 256 } };
+    let access = Access { sandbox_id: World::POD.into(), guest, listener, place, etc, ceiling };
     Ok(Pod::without_vm(access, lost))
 }

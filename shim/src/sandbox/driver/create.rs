@@ -1,6 +1,5 @@
 //! Create: the first one boots the VM, every other makes a container in it.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
@@ -11,13 +10,13 @@ use containerd_shim_protos::protobuf::MessageField;
 use tokio_util::sync::CancellationToken;
 
 use super::process::encode;
-use super::{Container, Done, Driver, Holding, Stage, answer};
+use super::{Container, Done, Door, Driver, Holding, Stage, answer};
 use crate::container::ContainerId;
-use crate::container::process::Process;
 use crate::container::spec::{self, PidNamespace, Role};
 use crate::container::stdio::{Stdio, StdioPaths};
 use crate::error::{Error, Result};
 use crate::sandbox::boot::{self, Access, BootRequest, Farewell, Pod};
+use crate::sandbox::spec::SandboxSpec;
 use crate::sandbox::state::{State, Step};
 use crate::sandbox::{CreateTask, Reply};
 use crate::storage::container::ContainerStorage;
@@ -26,8 +25,9 @@ use crate::storage::volume::Owner;
 
 /// Result of the boot's job.
 pub(super) struct BootDone {
-    task: Arc<CreateTask>,
-    role: Role,
+    id: ContainerId,
+    /// The Create that asked for it; None if the sandbox API did.
+    task: Option<Arc<CreateTask>>,
     result: Result<Pod>,
     reply: Reply<u32>,
 }
@@ -58,32 +58,50 @@ impl Driver {
             Ok(role) => role,
             Err(error) => return answer(reply, Err(error)),
         };
-        let entry = Process::new(task.stdio.clone()).map(|init| Container {
-            role,
-            bundle: task.bundle.clone(),
-            init,
-            execs: BTreeMap::new(),
-            exec_specs: BTreeMap::new(),
-            paused: false,
-            stage: Stage::Creating,
-            storage: None,
-            stats: None,
-        });
-        match entry {
-            Ok(entry) => self.containers.insert(task.id.clone(), entry),
-            Err(error) => return answer(reply, Err(error.into())),
+        let spec = match role {
+            Role::PodContainer => None,
+            Role::Sandbox | Role::Single => match SandboxSpec::of_task(&task, role) {
+                Ok(spec) => Some(spec),
+                Err(error) => return answer(reply, Err(error.context(format!("create sandbox {}", task.id)))),
+            },
         };
-        match role {
-            Role::PodContainer => self.make_container(Arc::new(task), reply),
-            Role::Sandbox | Role::Single => self.boot(task, role, reply),
+        let entry = match Container::new(role, Door::Task, task.bundle.clone(), task.stdio.clone()) {
+            Ok(entry) => entry,
+            Err(error) => return answer(reply, Err(error)),
+        };
+        self.containers.insert(task.id.clone(), entry);
+        let task = Arc::new(task);
+        match spec {
+            None => self.make_container(task, reply),
+            Some(spec) => self.boot(spec, Some(task), reply),
         }
+    }
+
+    /// The second door: the same boot, for a sandbox that is no task.
+    pub(super) fn create_sandbox(&mut self, spec: SandboxSpec, reply: Reply<u32>) {
+        if self.containers.contains_key(&spec.id) {
+            return answer(reply, Err(Error::already_exists(format!("sandbox {} exists", spec.id))));
+        }
+        if self.state != State::Planned {
+            let error = format!("create sandbox {}: sandbox is {}", spec.id, self.state.name());
+            return answer(reply, Err(Error::failed_precondition(error)));
+        }
+        match Container::new(Role::Sandbox, Door::SandboxApi, PathBuf::new(), StdioPaths::default()) {
+            Ok(entry) => self.containers.insert(spec.id.clone(), entry),
+            Err(error) => return answer(reply, Err(error)),
+        };
+        self.boot(spec, None, reply);
     }
 
     fn admit(&self, task: &CreateTask) -> Result<Role> {
         if self.containers.contains_key(&task.id) {
             return Err(Error::already_exists(format!("container {} exists", task.id)));
         }
-        let role = spec::role(&task.spec)?;
+        let role = match spec::role(&task.spec)? {
+            // Whoever made a sandbox by the sandbox API says by the door, and not by annotations, what is a container of it.
+            Role::Single if self.containers.values().any(|c| c.door == Door::SandboxApi) => Role::PodContainer,
+            role => role,
+        };
         let fits = match role {
             Role::PodContainer => self.state == State::Ready,
             Role::Sandbox | Role::Single => self.state == State::Planned,
@@ -95,24 +113,24 @@ impl Driver {
         }
     }
 
-    fn boot(&mut self, task: CreateTask, role: Role, reply: Reply<u32>) {
+    fn boot(&mut self, spec: SandboxSpec, task: Option<Arc<CreateTask>>, reply: Reply<u32>) {
+        let id = spec.id.clone();
         if let Err(error) = self.step(Step::Boot) {
-            self.containers.remove(&task.id);
+            self.containers.remove(&id);
             return answer(reply, Err(error));
         }
         let cancel = CancellationToken::new();
         self.holding = Holding::Boot(cancel.clone());
-        let task = Arc::new(task);
         let guest_events = self.guest_events_in.clone();
-        let booting = (self.booter)(BootRequest { task: Arc::clone(&task), role, guest_events, cancel });
+        let booting = (self.booter)(BootRequest { spec: Arc::new(spec), guest_events, cancel });
         self.jobs.spawn(async move {
             let result = booting.await;
-            Done::Booted(Box::new(BootDone { task, role, result, reply }))
+            Done::Booted(Box::new(BootDone { id, task, result, reply }))
         });
     }
 
     pub(super) fn on_booted(&mut self, done: BootDone) {
-        let BootDone { task, role, result, reply } = done;
+        let BootDone { id, task, result, reply } = done;
         match (result, self.state) {
             (Ok(pod), State::Booting) => {
                 if let Err(error) = self.step(Step::Booted) {
@@ -120,13 +138,18 @@ impl Driver {
                 }
                 self.watch_children(&pod);
                 self.holding = Holding::Pod(Box::new(pod));
-                if role == Role::Single {
-                    self.make_container(task, reply);
-                } else {
-                    self.created(&task.id, &Told::of(&task));
-                    let pid = self.container(&task.id).map(|container| container.init.pid());
-                    answer(reply, pid);
+                let single = self.containers.get(&id).is_some_and(|container| container.role == Role::Single);
+                match task {
+                    Some(task) if single => return self.make_container(task, reply),
+                    Some(task) => self.created(&id, &Told::of(&task)),
+                    None => {
+                        if let Some(sandbox) = self.containers.get_mut(&id) {
+                            sandbox.stage = Stage::Made;
+                        }
+                    }
                 }
+                let pid = self.container(&id).map(|container| container.init.pid());
+                answer(reply, pid);
             }
             (Err(error), State::Booting) => {
                 tracing::error!(%error, "sandbox failed to start");
@@ -134,16 +157,16 @@ impl Driver {
                     tracing::error!(%error, "a failed boot cannot be taken back");
                 }
                 self.holding = Holding::Nothing;
-                self.containers.remove(&task.id);
+                self.containers.remove(&id);
                 answer(reply, Err(error));
             }
             // It was killed meanwhile. The boot either saw that and has unwound, or was already through. The task stays, to
             // exit when the teardown is through: who killed it waits for that exit, and deletes it.
             (result, _) => {
-                if let Ok(container) = self.container_mut(&task.id) {
+                if let Ok(container) = self.container_mut(&id) {
                     container.stage = Stage::Made;
                 }
-                answer(reply, Err(Error::unavailable(format!("create container {}: sandbox was killed", task.id))));
+                answer(reply, Err(Error::unavailable(format!("create container {id}: sandbox was killed"))));
                 self.jobs.spawn(async move {
                     if let Ok(pod) = result {
                         pod.tear_down(Farewell::Killed).await;
@@ -278,6 +301,9 @@ impl Told {
 async fn make(access: &Access, task: &CreateTask, guest: spec::GuestSpec, target: String) -> Result<Made> {
     let begun = Instant::now();
     let mut guest_spec = guest.spec;
+    if let Some(etc) = &access.etc {
+        etc.add_to(&mut guest_spec);
+    }
     let owner = Owner { container_id: &task.id.0, sandbox_id: &access.sandbox_id, bundle: &task.bundle };
     let root_path = PathBuf::from(spec::string(&task.spec, "/root/path"));
     let premounted = (!root_path.as_os_str().is_empty()).then_some(root_path.as_path());

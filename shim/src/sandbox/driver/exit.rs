@@ -12,7 +12,7 @@ use bulkhead_proto::agent;
 use containerd_shim_protos::events::task::TaskExit;
 use containerd_shim_protos::protobuf::MessageField;
 
-use super::{Done, Driver, Stage, killed_now};
+use super::{Done, Door, Driver, Stage, killed_now};
 use crate::container::process::{Exit, Held, HeldExit, Phase, Process, Step};
 use crate::container::spec::Role;
 use crate::container::stdio::OutputCount;
@@ -171,6 +171,10 @@ impl Driver {
         }
         let pid = process.pid();
         process.set_exit(exit);
+        if self.container(&id.container).is_ok_and(|container| container.door == Door::SandboxApi) {
+            tracing::info!(sandbox_id = %id.container, exit_status = exit.status, "sandbox ended");
+            return;
+        }
         tracing::info!(container_id = %id.container, exec_id = id.exec_id(), exit_status = exit.status, "process exited");
         self.events.publish(
             "/tasks/exit",

@@ -6,6 +6,7 @@
 //! is always queued before the answer that lets containerd go on.
 
 mod create;
+mod door;
 mod exit;
 mod process;
 mod stop;
@@ -25,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::container::process::{Exit, Phase, Process};
 use crate::container::spec::Role;
+use crate::container::stdio::StdioPaths;
 use crate::container::{ContainerId, ExecId, ProcessId};
 use crate::error::{Error, Result};
 use crate::events::Events;
@@ -39,6 +41,8 @@ use crate::timeouts;
 #[derive(Debug)]
 struct Container {
     role: Role,
+    door: Door,
+    created_at: SystemTime,
     bundle: PathBuf,
     init: Process,
     execs: BTreeMap<ExecId, Process>,
@@ -49,6 +53,34 @@ struct Container {
     storage: Option<ContainerStorage>,
     /// The last sample.
     stats: Option<agent::Stats>,
+}
+
+/// How containerd knows a container or sandbox.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Door {
+    /// As a task, whose life events tell.
+    Task,
+    /// As a sandbox of the sandbox API, which has no events: containerd waits and asks.
+    SandboxApi,
+}
+
+impl Container {
+    /// One whose creation is about to begin.
+    fn new(role: Role, door: Door, bundle: PathBuf, stdio: StdioPaths) -> Result<Self> {
+        Ok(Self {
+            role,
+            door,
+            created_at: SystemTime::now(),
+            bundle,
+            init: Process::new(stdio)?,
+            execs: BTreeMap::new(),
+            exec_specs: BTreeMap::new(),
+            paused: false,
+            stage: Stage::Creating,
+            storage: None,
+            stats: None,
+        })
+    }
 }
 
 /// Whether a container can be worked with.
@@ -108,8 +140,10 @@ pub struct Driver {
     events: Events,
     /// Creates of a single container that failed: answered when its VM is gone.
     failed_creates: Vec<(Reply<u32>, Error)>,
-    /// containerd's Shutdown came while the pod was on its way down.
+    /// containerd's Shutdown came, perhaps while the pod was on its way down.
     ending: bool,
+    /// Shutdowns of the sandbox, answered at the very end.
+    farewells: Vec<Reply<()>>,
     guest_events: mpsc::Receiver<GuestEvent>,
     guest_events_in: mpsc::Sender<GuestEvent>,
     /// Ends when whoever was to create the first task has died.
@@ -129,20 +163,21 @@ impl Driver {
             events,
             failed_creates: Vec::new(),
             ending: false,
+            farewells: Vec::new(),
             guest_events,
             guest_events_in,
             creator_gone: std::future::pending().boxed(),
         }
     }
 
-    /// Has the driver end when `gone` does before a task was created: then none will be.
+    /// Has the driver end when `gone` does before a task or sandbox was created: then none will be.
     #[must_use]
     pub fn created_by(self, gone: BoxFuture<'static, ()>) -> Self {
         Self { creator_gone: gone, ..self }
     }
 
-    /// Serves commands until a [`Command::Shutdown`] is granted, or nobody wants anything of it any more, then returns with
-    /// every job joined.
+    /// Serves commands until a shutdown is granted, or nobody wants anything of it any more, then returns with every job
+    /// joined.
     pub async fn run(mut self, mut commands: mpsc::Receiver<Command>) {
         loop {
             let unclaimed = self.is_unclaimed();
@@ -165,16 +200,20 @@ impl Driver {
                     break;
                 }
             }
-            if self.ending && matches!(self.state, State::Planned | State::Stopped) {
+            if self.is_done() {
                 break;
             }
         }
         self.jobs.shutdown().await;
+        for reply in self.farewells {
+            answer(reply, Ok(()));
+        }
     }
 
     fn on_command(&mut self, command: Command) {
         match command {
             Command::Create(task, reply) => self.create(*task, reply),
+            Command::CreateSandbox(spec, reply) => self.create_sandbox(*spec, reply),
             Command::Start(id, reply) => self.start(id, reply),
             Command::Exec(task, reply) => answer(reply, self.exec(*task)),
             Command::State(id, reply) => answer(reply, self.process_state(&id)),
@@ -189,9 +228,13 @@ impl Driver {
             Command::Update(id, resources, reply) => self.update(&id, resources, reply),
             Command::Stats(id, reply) => answer(reply, self.stats(&id)),
             Command::TaskPid(id, reply) => answer(reply, Ok(self.task_pid(&id))),
+            Command::Status(id, reply) => answer(reply, self.status(&id)),
+            Command::UpdateSandbox(id, resources, reply) => self.update_sandbox(&id, resources, reply),
+            Command::StopSandbox(id, reply) => answer(reply, self.stop_sandbox(&id)),
+            Command::ShutdownSandbox(reply) => self.shutdown_sandbox(reply),
             Command::Shutdown(reply) => {
                 // With nothing left to ask about, a pod on its way down is waited for, and then the shim ends.
-                self.ending = self.containers.is_empty() && self.state != State::Ready && self.state != State::Booting;
+                self.ending |= self.containers.is_empty() && self.state != State::Ready && self.state != State::Booting;
                 answer(reply, Ok(self.ending));
             }
         }

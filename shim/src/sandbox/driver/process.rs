@@ -9,7 +9,7 @@ use containerd_shim_protos::events::task::{
 use containerd_shim_protos::protobuf::MessageField;
 use serde_json::Value;
 
-use super::{Container, Done, Driver, Stage, answer, deleted};
+use super::{Container, Done, Door, Driver, Stage, answer, deleted};
 use crate::container::process::{Exit, Phase, Process, Step};
 use crate::container::spec::{self, Role};
 use crate::container::stdio::{Stdio, StdioPaths};
@@ -88,7 +88,9 @@ impl Driver {
         process.step(Step::Start, id)?;
         process.step(Step::Started, id)?;
         let pid = process.pid();
-        self.publish_started(id, pid);
+        if self.container(&id.container)?.door == Door::Task {
+            self.publish_started(id, pid);
+        }
         Ok(pid)
     }
 
