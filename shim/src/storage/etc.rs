@@ -121,17 +121,10 @@ fn of_host(name: &str) -> anyhow::Result<String> {
 
 /// resolv.conf(5), in containerd's order.
 fn resolv_conf(dns: &Dns) -> String {
-    let mut text = String::new();
-    if !dns.searches.is_empty() {
-        text += &format!("search {}\n", dns.searches.join(" "));
-    }
-    for server in &dns.servers {
-        text += &format!("nameserver {server}\n");
-    }
-    if !dns.options.is_empty() {
-        text += &format!("options {}\n", dns.options.join(" "));
-    }
-    text
+    let list =
+        |keyword: &str, words: &[String]| (!words.is_empty()).then(|| format!("{keyword} {}\n", words.join(" ")));
+    let servers = dns.servers.iter().map(|server| format!("nameserver {server}\n"));
+    list("search", &dns.searches).into_iter().chain(servers).chain(list("options", &dns.options)).collect()
 }
 
 #[cfg(test)]
