@@ -104,7 +104,7 @@ impl SandboxService {
         let sample = self.sandbox.stats(self.known(id)?).await?;
         let mut response = api::SandboxMetricsResponse::default();
         let metric = response.mut_metrics();
-        metric.id = id.to_owned();
+        metric.id = id.into();
         metric.timestamp = MessageField::some(convert::timestamp(SystemTime::now()));
         metric.data = MessageField::some(metrics::encode(&sample, self.metrics)?);
         Ok(response)
@@ -145,8 +145,8 @@ impl Sandbox for SandboxService {
         serve("Platform", &request.sandbox_id, "", async {
             let mut response = api::PlatformResponse::default();
             let platform = response.mut_platform();
-            platform.os = "linux".to_owned();
-            platform.architecture = architecture(std::env::consts::ARCH).to_owned();
+            platform.os = "linux".into();
+            platform.architecture = architecture(std::env::consts::ARCH).into();
             Ok(response)
         })
         .await
