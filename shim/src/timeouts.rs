@@ -35,6 +35,8 @@ pub const NETWORK: Duration = Duration::from_secs(10);
 pub const STOP: Duration = Duration::from_secs(30);
 /// The whole of a teardown; containerd gives `delete` five seconds.
 pub const TEARDOWN: Duration = Duration::from_secs(4);
+/// containerd closes its connections once it has the answer to its shutdown.
+pub const HANG_UP: Duration = Duration::from_secs(1);
 /// A helper that follows another process's end does so.
 pub const HELPER_EXIT: Duration = Duration::from_millis(500);
 /// A shim without a task is asked for something: containerd follows `start` by Create and the last Delete by Shutdown at once.

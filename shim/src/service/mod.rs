@@ -2,6 +2,7 @@
 //!
 //! containerd's generated types stop here: [`convert`] turns them into ours, and errors into status codes.
 
+pub mod connection;
 pub mod convert;
 pub mod creator;
 pub mod cri;
@@ -30,6 +31,7 @@ use crate::events::EventQueue;
 use crate::sandbox::SandboxHandle;
 use crate::sandbox::boot::{self, SandboxIdentity};
 use crate::sandbox::driver::Driver;
+use connection::Connections;
 use task::TaskService;
 
 /// What containerd gives the events of a shim that ends; it allows Shutdown three seconds.
@@ -44,15 +46,21 @@ pub async fn run(config: ServeConfig) -> anyhow::Result<()> {
     let identity = Arc::new(SandboxIdentity::new(&config));
     let (sandbox, commands) = SandboxHandle::new();
     let socket_path = config.socket_path.clone();
+    let connections = Connections::default();
     let mut server = Server::new()
-        .add_listener(listener(config.listener.try_clone().context("take over the shim's socket")?)?)
+        .add_listener(listener(
+            config.listener.try_clone().context("take over the shim's socket")?,
+            connections.clone(),
+        )?)
         .register_service(task_services(sandbox.clone(), &identity))
         .register_service(sandbox::services(sandbox, &identity));
     server.start().await.context("serve containerd")?;
     let booter = Box::new(move |request| boot::boot(Arc::clone(&identity), request).boxed());
     let creator_gone = creator::gone(config.ttrpc_address.clone()).boxed();
     Driver::new(booter, events.events()).created_by(creator_gone).run(commands).await;
-    // containerd takes a connection that closes under its Shutdown for an answer.
+    if !connections.hung_up().await {
+        tracing::debug!("connections are still open and will be closed");
+    }
     server.shutdown().await.context("stop serving containerd")?;
     if !events.shutdown(LAST_EVENTS).await {
         tracing::warn!("containerd did not take the last events");
@@ -101,8 +109,8 @@ async fn serve<T>(
     .await
 }
 
-fn listener(listener: std::os::unix::net::UnixListener) -> anyhow::Result<Listener> {
+fn listener(listener: std::os::unix::net::UnixListener, connections: Connections) -> anyhow::Result<Listener> {
     listener.set_nonblocking(true).context("prepare the shim's socket")?;
     let listener = UnixListener::from_std(listener).context("prepare the shim's socket")?;
-    Ok(Listener::new(UnixListenerStream::new(listener).map_ok(Socket::new)))
+    Ok(Listener::new(UnixListenerStream::new(listener).map_ok(move |stream| Socket::new(connections.count(stream)))))
 }
