@@ -36,7 +36,9 @@ const ROWS: &[Row] = &[
         "containerd killed while pods start leaves nothing after they are removed",
         containerd_killed_during_start,
     )
-    .only(BULKHEAD),
+    .only(BULKHEAD)
+    // 1.6 forgets a task that it was about to create, and now and then no call ever comes that would end its shim.
+    .releases(&[Version::V2_4]),
 ];
 
 fn main() -> ExitCode {
