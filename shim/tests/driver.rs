@@ -172,7 +172,8 @@ async fn a_shim_that_nobody_gives_a_task_ends_by_itself() {
     bulkhead_shim::sandbox::driver::Driver::new(booter, events.events()).run(commands).await;
     assert_eq!(started.elapsed().as_secs(), bulkhead_shim::timeouts::UNCLAIMED.as_secs());
     let late = sandbox.state(World::init("pod")).await.expect_err("has ended");
-    assert_eq!(late.kind(), Kind::Unavailable);
+    assert_eq!(late.kind(), Kind::NotFound);
+    assert!(sandbox.shutdown().await.expect("nothing is left to end"));
     events.shutdown(SOON).await;
 }
 

@@ -160,21 +160,27 @@ impl SandboxHandle {
         (Self { commands }, queue)
     }
 
+    /// What is asked of a sandbox that has gone is not found, as containerd calls it when a shim's connection has closed: the
+    /// connection may outlive the driver by a moment.
     async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T> {
-        let gone = || Error::unavailable("the sandbox is shut down");
+        self.ask_or(Error::not_found, command).await
+    }
+
+    async fn ask_or<T>(&self, gone: fn(&'static str) -> Error, command: impl FnOnce(Reply<T>) -> Command) -> Result<T> {
+        const GONE: &str = "the sandbox is shut down";
         let (reply, answer) = oneshot::channel();
-        self.commands.send(command(reply)).await.map_err(|_| gone())?;
-        answer.await.map_err(|_| gone())?
+        self.commands.send(command(reply)).await.map_err(|_| gone(GONE))?;
+        answer.await.map_err(|_| gone(GONE))?
     }
 
     /// Creates a task; the first one boots the VM. Returns its host pid. The create event is queued before this returns.
     pub async fn create(&self, task: CreateTask) -> Result<u32> {
-        self.ask(|reply| Command::Create(Box::new(task), reply)).await
+        self.ask_or(Error::unavailable, |reply| Command::Create(Box::new(task), reply)).await
     }
 
     /// Boots the VM of a sandbox that is no task. Returns its host pid; no event tells of it.
     pub async fn create_sandbox(&self, spec: SandboxSpec) -> Result<u32> {
-        self.ask(|reply| Command::CreateSandbox(Box::new(spec), reply)).await
+        self.ask_or(Error::unavailable, |reply| Command::CreateSandbox(Box::new(spec), reply)).await
     }
 
     /// Runs a created process. Returns its host pid. The start event is queued before this returns, and before its exit.
@@ -274,13 +280,14 @@ impl SandboxHandle {
     pub async fn shutdown_sandbox(&self) -> Result<()> {
         match self.ask(Command::ShutdownSandbox).await {
             // Another one was first.
-            Err(error) if error.kind() == Kind::Unavailable => Ok(()),
+            Err(error) if error.kind() == Kind::NotFound => Ok(()),
             done => done,
         }
     }
 
     /// Ends the driver if nothing lives any more; true if it ends.
     pub async fn shutdown(&self) -> Result<bool> {
-        self.ask(Command::Shutdown).await
+        // Without a driver there is nothing left to end, and an error here would fail the Delete that it belongs to.
+        Ok(self.ask(Command::Shutdown).await.unwrap_or(true))
     }
 }
