@@ -9,6 +9,7 @@ use std::io;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use bulkhead_proto::wire::{Kind, Preamble, Token};
@@ -24,6 +25,9 @@ use crate::timeouts;
 
 /// Connections that have not said yet what they are.
 const MAX_UNSORTED: usize = 128;
+
+/// How long accepting rests when files or memory have run out.
+const BREATH: Duration = Duration::from_millis(100);
 
 /// Where the guest's connections arrive.
 #[derive(Debug)]
@@ -198,6 +202,14 @@ async fn accept_all(acceptor: Acceptor, sorter: Sorter, stop: CancellationToken)
                     });
                 }
                 Ok(None) => {}
+                // Descriptors become free without telling, and a pod whose streams are never accepted again is lost.
+                Err(error) if is_shortage(&error) => {
+                    tracing::warn!(%error, "a connection of the guest has to wait");
+                    tokio::select! {
+                        () = stop.cancelled() => break,
+                        () = tokio::time::sleep(BREATH) => {}
+                    }
+                }
                 Err(error) => {
                     tracing::error!(%error, "connections of the guest cannot be accepted");
                     break;
@@ -223,13 +235,19 @@ async fn accept(acceptor: &Acceptor) -> io::Result<Option<GuestStream>> {
         }),
     };
     match accepted {
-        // The peer gave up between its dial and our accept, or descriptors ran out for a moment.
+        // The peer gave up between its dial and our accept.
         Err(error) if is_passing(&error) => {
             tracing::warn!(%error, "a connection of the guest was not accepted");
             Ok(None)
         }
         other => other,
     }
+}
+
+/// Whether files or memory have run out, which passes.
+fn is_shortage(error: &io::Error) -> bool {
+    use libc::{EMFILE, ENFILE, ENOBUFS, ENOMEM};
+    error.raw_os_error().is_some_and(|errno| [EMFILE, ENFILE, ENOBUFS, ENOMEM].contains(&errno))
 }
 
 fn is_passing(error: &io::Error) -> bool {
@@ -319,6 +337,12 @@ mod tests {
             assert_eq!(guest.read(&mut [0; 1]).await.expect("sees the close"), 0);
         }
         host.task.close().await;
+    }
+
+    #[test]
+    fn a_shortage_passes_and_a_broken_socket_does_not() {
+        assert!(is_shortage(&io::Error::from_raw_os_error(libc::EMFILE)));
+        assert!(!is_shortage(&io::Error::from_raw_os_error(libc::EBADF)));
     }
 
     #[tokio::test]
