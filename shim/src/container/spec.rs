@@ -67,20 +67,6 @@ pub fn annotations(spec: &Value) -> BTreeMap<String, String> {
     map.iter().filter_map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned()))).collect()
 }
 
-/// The path of the network namespace, or an error for a pod in the host's network, which a VM cannot have.
-///
-/// `None` means a network namespace of its own without a path: no interface but the loopback.
-pub fn network_namespace(spec: &Value) -> Result<Option<String>> {
-    let entry = namespaces(spec).into_iter().find(|(kind, _)| kind == "network");
-    match entry {
-        Some((_, path)) => Ok(path),
-        None => Err(Error::invalid(
-            "linux.namespaces has no network entry (hostNetwork): a microVM cannot use the host's network; \
-             expected a network namespace",
-        )),
-    }
-}
-
 /// Fails for a pod in the host's IPC namespace, which a VM has no part in.
 pub fn check_ipc_namespace(spec: &Value) -> Result<()> {
     if namespaces(spec).iter().any(|(kind, _)| kind == "ipc") {
@@ -336,15 +322,6 @@ mod tests {
         );
         let error = of(json!([{"type": "pid", "path": "/etc/shadow"}])).expect_err("refused");
         assert!(error.to_string().contains("/etc/shadow"));
-    }
-
-    #[test]
-    fn a_pod_in_the_hosts_network_is_refused_by_the_name_of_the_field() {
-        let error = network_namespace(&spec(json!([{"type": "pid"}]))).expect_err("refused");
-        assert_eq!(error.kind(), crate::error::Kind::InvalidArgument);
-        assert!(error.to_string().contains("hostNetwork"));
-        let path = network_namespace(&spec(json!([{"type": "network", "path": "/var/run/netns/x"}]))).expect("has one");
-        assert_eq!(path.as_deref(), Some("/var/run/netns/x"));
     }
 
     #[test]
