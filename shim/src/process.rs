@@ -33,6 +33,8 @@ use crate::{sys, timeouts};
 
 /// How much of a child's stderr is kept.
 const STDERR_TAIL: usize = 16 << 10;
+/// Capacity of a pipe (pipe(7)).
+const PIPE_BYTES: usize = 64 << 10;
 
 /// Whom a child runs as.
 #[derive(Debug, Clone)]
@@ -356,8 +358,13 @@ async fn supervise(
         }
     }
     // What it wrote last is in the pipe already. A process of its own that still holds the pipe is not waited for.
-    if open {
-        drain(&stderr, &tail);
+    // The file itself is asked, since the runtime may not have heard yet that there is more; a pipe holds 64 KiB.
+    let mut buffer = [0; 4096];
+    for _ in 0..PIPE_BYTES.div_ceil(buffer.len()) {
+        match rustix::io::read(&stderr, &mut buffer) {
+            Ok(read) if read > 0 => tail.push(&buffer[..read]),
+            _ => break,
+        }
     }
     let status =
         rustix::process::waitid(WaitId::PidFd(pidfd.get_ref().as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG);
