@@ -587,7 +587,8 @@ async fn a_control_connection_that_breaks_loses_no_event_and_no_call() {
     let Some(mut machine) = Machine::boot(256).await else { return };
     sandbox(&mut machine).await;
     busybox(&machine, "c1");
-    let script = "mkfifo /tmp/go; read word </tmp/go; exit 7";
+    // An init that ends takes its PID namespace with it, so it waits until the exec is gone by itself.
+    let script = "mkfifo /tmp/go; read pid </tmp/go; while kill -0 $pid 2>/dev/null; do sleep 0.1; done; exit 7";
     let mut spec = spec(process(&["sh", "-c", script]));
     spec["root"]["readonly"] = json!(false);
     let request = create("c1", &spec, api::Stdio::default());
@@ -609,7 +610,7 @@ async fn a_control_connection_that_breaks_loses_no_event_and_no_call() {
     let exec = api::CreateProcessRequest {
         container_id: "c1".into(),
         exec_id: "e1".into(),
-        process_json: process(&["sh", "-c", "while [ ! -p /tmp/go ]; do sleep 0.1; done; echo go >/tmp/go; exit 3"])
+        process_json: process(&["sh", "-c", "while [ ! -p /tmp/go ]; do sleep 0.1; done; echo $$ >/tmp/go; exit 3"])
             .to_string()
             .into_bytes(),
         stdio: Some(api::Stdio::default()),
