@@ -89,7 +89,7 @@ fn run(started_us: u64) -> Result<()> {
 }
 
 async fn serve(port: u32, started_us: u64) -> Result<()> {
-    let services = Arc::new(Services::new(Host::new(port)));
+    let services = Arc::new(Services::start(Host::new(port))?);
     let pod = Pod::new(Arc::clone(&services));
     services.tracker.spawn({
         let (reaper, cancel) = (Arc::clone(&services.reaper), services.cancel.clone());

@@ -26,6 +26,7 @@ use crate::reaper::{ExitStatus, Reaper};
 use crate::runtime::spawner::Spawner;
 use crate::runtime::{Request, Started};
 use crate::sandbox;
+use crate::stdio::Carrier;
 
 /// Time between two samples of statistics.
 const SAMPLING: Duration = Duration::from_secs(1);
@@ -36,6 +37,8 @@ const KILLED: Duration = Duration::from_secs(5);
 pub struct Services {
     /// Where streams go.
     pub host: Host,
+    /// What moves them.
+    pub carrier: Carrier,
     /// Waits for processes.
     pub reaper: Arc<Reaper>,
     /// Where events go.
@@ -49,15 +52,16 @@ pub struct Services {
 
 impl Services {
     /// Services that reach the host by `host`.
-    pub fn new(host: Host) -> Self {
-        Self {
+    pub fn start(host: Host) -> Result<Self> {
+        Ok(Self {
             host,
+            carrier: Carrier::start()?,
             reaper: Arc::default(),
             events: Arc::default(),
             tracker: TaskTracker::new(),
             cancel: CancellationToken::new(),
             spawner: Arc::default(),
-        }
+        })
     }
 
     /// Has the spawner start a process; the exit of that process comes through the receiver.

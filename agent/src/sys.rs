@@ -54,6 +54,32 @@ pub fn default_sigpipe() -> io::Result<()> {
     }
 }
 
+/// Has the calling thread scheduled as a batch job (sched(7)); what it forks is not.
+#[expect(unsafe_code, reason = "no wrapper sets a scheduling policy")]
+pub fn become_batch() -> io::Result<()> {
+    let policy = libc::SCHED_BATCH | libc::SCHED_RESET_ON_FORK;
+    // SAFETY: the structure is plain numbers, all of them zero as this policy asks, and outlives the call.
+    match unsafe { libc::sched_setscheduler(0, policy, &std::mem::zeroed()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Sets how many bytes a vsock socket holds for its reader: so much the peer may send ahead (vsock(7)).
+#[expect(unsafe_code, reason = "no wrapper knows the options of vsock sockets")]
+pub fn set_vsock_buffer(socket: BorrowedFd<'_>, bytes: u64) -> io::Result<()> {
+    const SO_VM_SOCKETS_BUFFER_SIZE: i32 = 0;
+    const SO_VM_SOCKETS_BUFFER_MAX_SIZE: i32 = 2;
+    for option in [SO_VM_SOCKETS_BUFFER_MAX_SIZE, SO_VM_SOCKETS_BUFFER_SIZE] {
+        let (value, size) = ((&raw const bytes).cast(), size_of::<u64>() as libc::socklen_t);
+        // SAFETY: the value is a u64, as both options ask, and outlives the call.
+        if unsafe { libc::setsockopt(socket.as_raw_fd(), libc::AF_VSOCK, option, value, size) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
 /// One instruction of classic BPF, as in `linux/filter.h`.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]

@@ -20,7 +20,7 @@ use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 
-use crate::wire::{Deframer, END, FRAME_HEADER, FrameTooLong, MAX_FRAME, RESET, frame_header};
+use crate::wire::{Deframer, END, FRAME_HEADER, FrameTooLong, ONE_PACKET, RESET, frame_header};
 
 /// How long a socket that has broken may take to yield what it received before, and to have that sent.
 const GRACE: Duration = Duration::from_secs(2);
@@ -116,7 +116,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Outbound<S> {
     /// Sends what the socket receives, then the end, and waits until the other side has taken it.
     async fn send_all(&mut self, reader: &mut ReadHalf<'_>) -> Result<(), Broken> {
         // The header stands before the bytes in one buffer, so that a frame is one write.
-        let mut frame = vec![0; FRAME_HEADER + MAX_FRAME];
+        let mut frame = vec![0; FRAME_HEADER + ONE_PACKET];
         loop {
             let count = tokio::select! {
                 read = reader.read(&mut frame[FRAME_HEADER..]) => read.map_err(Broken::Socket)?,
@@ -163,7 +163,7 @@ async fn broken(socket: &TcpStream) -> io::Error {
 
 /// Hands the socket what comes, then a half-close.
 async fn receive_all(stream: &mut (impl AsyncRead + Unpin), writer: &mut WriteHalf<'_>) -> Result<(), Broken> {
-    let mut buffer = vec![0; MAX_FRAME];
+    let mut buffer = vec![0; ONE_PACKET];
     let mut deframer = Deframer::default();
     while !deframer.ended() {
         let count = stream.read(&mut buffer).await.map_err(|_| Broken::Lost)?;
@@ -193,7 +193,7 @@ async fn receive_all(stream: &mut (impl AsyncRead + Unpin), writer: &mut WriteHa
 /// Takes what the other side still sends, so that it is not stuck in a write, and closes the stream behind it.
 async fn drain(stream: Option<impl AsyncRead + Unpin>) {
     let Some(mut stream) = stream else { return };
-    let mut buffer = vec![0; MAX_FRAME];
+    let mut buffer = vec![0; ONE_PACKET];
     let mut deframer = Deframer::default();
     while !deframer.ended() {
         let count = stream.read(&mut buffer).await.unwrap_or(0);

@@ -17,7 +17,8 @@
 //!
 //! A frame is a length (32 bits, little endian, at most [`MAX_FRAME`]) and as many bytes. Length 0 is the end of the stream:
 //! the receiver then closes the connection, and the sender waits for that, with a deadline, before it closes. Nobody calls
-//! `shutdown(2)`. A connection that ends without the end frame has lost bytes.
+//! `shutdown(2)`. A connection that ends without the end frame has lost bytes. A sender may announce a frame before it has read
+//! all of it, so that the kernel can move the bytes.
 //!
 //! A forwarded TCP connection is two streams, one each way ([`crate::bridge`]). There a stream can also end by [`RESET`].
 //!
@@ -102,10 +103,12 @@ impl Preamble {
     }
 }
 
-/// Longest payload of a frame.
-///
-/// A frame goes out in one write, with its header less than the 64 KiB that Linux makes one vsock packet of.
-pub const MAX_FRAME: usize = 60 * 1024;
+/// Longest payload of a frame in bytes. Nobody holds a whole one: it is passed on as it comes.
+pub const MAX_FRAME: usize = 1024 * 1024;
+
+/// Longest payload that is sent together with its header in one write: less than the 64 KiB that Linux makes one vsock packet
+/// of.
+pub const ONE_PACKET: usize = 60 * 1024;
 
 /// Length of a frame's header in bytes.
 pub const FRAME_HEADER: usize = 4;

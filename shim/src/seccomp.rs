@@ -77,6 +77,8 @@ const ANY_ARGUMENTS: &[i64] = &[
     libc::SYS_epoll_wait,
     libc::SYS_epoll_pwait,
     libc::SYS_eventfd2,
+    libc::SYS_timerfd_create,
+    libc::SYS_timerfd_settime,
     libc::SYS_poll,
     libc::SYS_ppoll,
     libc::SYS_futex,

@@ -12,11 +12,11 @@ use std::os::unix::net::UnixStream;
 use crate::packet::{HOST_CID, Header, STREAM, op, shutdown};
 
 /// Receive buffer of a connection in bytes, as it is told to the guest.
-pub const BUFFER: u32 = 256 * 1024;
+pub const BUFFER: u32 = 512 * 1024;
 
 /// So much has to be taken out of the buffer before the guest is told without having asked: often enough that it never runs
 /// dry, seldom enough that it costs nothing.
-const UPDATE: u32 = BUFFER / 4;
+const UPDATE: u32 = BUFFER / 2;
 
 /// A connection is named by its ports: `(guest's, host's)`.
 pub type Ports = (u32, u32);

@@ -15,6 +15,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
 use rustix::event::epoll;
+use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, timerfd_create, timerfd_settime};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::{VhostUserBackendMut, VringRwLock, VringT};
 use virtio_queue::{QueueOwnedT, QueueT, Reader, Writer};
@@ -41,6 +42,13 @@ const MAX_CONNECTIONS: usize = 1024;
 /// Most answers that wait for buffers of the guest's.
 const MAX_REPLIES: usize = 2 * MAX_CONNECTIONS;
 
+/// The guest frees what it has sent when it is told that it was taken, which costs it an interrupt: it is told of so many
+/// packets at a time, a fraction of a queue.
+const TOLD_TOGETHER: usize = 16;
+
+/// Of fewer packets it is told after this time, so that it never waits for room in its queue.
+const TOLD_AFTER: rustix::event::Timespec = rustix::event::Timespec { tv_sec: 0, tv_nsec: 4_000_000 };
+
 // Feature bits (virtio 1.3, section 6).
 const VIRTIO_F_VERSION_1: u64 = 1 << 32;
 const VIRTIO_RING_F_EVENT_IDX: u64 = 1 << 29;
@@ -57,6 +65,10 @@ pub struct VsockDevice {
     memory: Option<Memory>,
     event_idx: bool,
     epoll: OwnedFd,
+    /// Goes off [`TOLD_AFTER`] a packet that the guest was not told of.
+    timer: OwnedFd,
+    /// Packets that were taken, and that the guest was not told of. The timer runs while there are any.
+    untold: usize,
     connections: HashMap<Ports, Connection>,
     replies: VecDeque<Header>,
     /// Connections that may have bytes for the guest, in the order of their turns.
@@ -64,6 +76,9 @@ pub struct VsockDevice {
     /// Bytes on their way through.
     scratch: Vec<u8>,
 }
+
+/// What epoll calls the timer: connections to port 2^32-1, `VMADDR_PORT_ANY`, are refused.
+const TIMER: u64 = u64::MAX;
 
 /// Connections are told apart in epoll by their ports.
 fn event_data(ports: Ports) -> epoll::EventData {
@@ -78,12 +93,17 @@ fn ports_of(data: epoll::EventData) -> Ports {
 impl VsockDevice {
     /// A device for the guest with address `guest_cid`, whose connections to port `P` lead to the Unix socket `<uds_path>_P`.
     pub fn new(guest_cid: u64, uds_path: PathBuf) -> io::Result<Self> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)?;
+        epoll::add(&epoll, &timer, epoll::EventData::new_u64(TIMER), epoll::EventFlags::IN | epoll::EventFlags::ET)?;
         Ok(Self {
             guest_cid,
             uds_path,
             memory: None,
             event_idx: false,
-            epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
+            epoll,
+            timer,
+            untold: 0,
             connections: HashMap::new(),
             replies: VecDeque::new(),
             turns: VecDeque::new(),
@@ -120,7 +140,7 @@ impl VsockDevice {
     /// Takes the guest's packets until there are none. True if there was one.
     fn take_packets(&mut self, memory: &Loaded, vring: &VringRwLock) -> io::Result<bool> {
         let mut state = vring.get_mut();
-        let mut taken = false;
+        let before = self.untold;
         while self.replies.len() < MAX_REPLIES {
             let Some(chain) = state.get_queue_mut().pop_descriptor_chain(memory.clone()) else { break };
             let head = chain.head_index();
@@ -129,12 +149,36 @@ impl VsockDevice {
                 self.take_packet(&mut reader);
             }
             state.add_used(head, 0).map_err(io::Error::other)?;
-            taken = true;
+            self.untold += 1;
         }
-        if taken && (!self.event_idx || state.needs_notification().map_err(io::Error::other)?) {
-            state.signal_used_queue()?;
+        let taken = self.untold > before;
+        drop(state);
+        if self.untold >= TOLD_TOGETHER {
+            self.tell(vring)?;
+        } else if taken && before == 0 {
+            self.set_timer(TOLD_AFTER)?;
         }
         Ok(taken)
+    }
+
+    /// Tells the guest of the packets that were taken.
+    fn tell(&mut self, vring: &VringRwLock) -> io::Result<()> {
+        if self.untold == 0 {
+            return Ok(());
+        }
+        self.untold = 0;
+        self.set_timer(rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 })?;
+        if !self.event_idx || vring.needs_notification().map_err(io::Error::other)? {
+            vring.signal_used_queue()?;
+        }
+        Ok(())
+    }
+
+    /// Lets the timer go off once after `time`; zero stops it.
+    fn set_timer(&self, time: rustix::event::Timespec) -> io::Result<()> {
+        let once = Itimerspec { it_interval: rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 }, it_value: time };
+        timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once)?;
+        Ok(())
     }
 
     fn take_packet(&mut self, reader: &mut Reader<'_>) {
@@ -207,7 +251,10 @@ impl VsockDevice {
     }
 
     fn open(&mut self, ports: Ports, request: &Header) {
-        if self.connections.contains_key(&ports) || self.connections.len() >= MAX_CONNECTIONS {
+        if event_data(ports).u64() == TIMER
+            || self.connections.contains_key(&ports)
+            || self.connections.len() >= MAX_CONNECTIONS
+        {
             return self.refuse(request);
         }
         let Ok(stream) = self.dial(ports) else { return self.refuse(request) };
@@ -307,8 +354,8 @@ impl VsockDevice {
         None
     }
 
-    /// Takes note of what happened to the sockets, and passes on what waited for them.
-    fn look_at_sockets(&mut self) -> io::Result<()> {
+    /// Takes note of what happened to the sockets and the timer, and passes on what waited for them.
+    fn look_at_sockets(&mut self, transmit: Option<&VringRwLock>) -> io::Result<()> {
         let mut events = Vec::with_capacity(64);
         loop {
             events.clear();
@@ -320,6 +367,10 @@ impl VsockDevice {
                 Err(error) => return Err(error.into()),
             }
             for event in &events {
+                if event.data.u64() == TIMER {
+                    transmit.map_or(Ok(()), |vring| self.tell(vring))?;
+                    continue;
+                }
                 let (ports, flags) = (ports_of(event.data), event.flags);
                 let Some(connection) = self.connections.get_mut(&ports) else { continue };
                 let ends = epoll::EventFlags::HUP | epoll::EventFlags::RDHUP | epoll::EventFlags::ERR;
@@ -382,7 +433,7 @@ impl VhostUserBackendMut for VsockDevice {
 
     fn handle_event(&mut self, event: u16, _: EventSet, vrings: &[VringRwLock], _: usize) -> io::Result<()> {
         if event == SOCKETS {
-            self.look_at_sockets()?;
+            self.look_at_sockets(vrings.get(TRANSMIT))?;
         }
         self.serve(vrings)
     }

@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bulkhead_proto::agent::agent_client::AgentClient;
 use bulkhead_proto::agent::{self as api, Event, event};
-use bulkhead_proto::wire::{Deframer, END, Kind, MAX_FRAME, Preamble, Token, frame_header};
+use bulkhead_proto::wire::{Deframer, END, Kind, ONE_PACKET, Preamble, Token, frame_header};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
@@ -309,7 +309,7 @@ pub async fn read_all(stream: oneshot::Receiver<UnixStream>) -> Vec<u8> {
 pub async fn write_all(stream: oneshot::Receiver<UnixStream>, bytes: &[u8]) {
     let write = async {
         let mut stream = stream.await.expect("dialled");
-        for chunk in bytes.chunks(MAX_FRAME) {
+        for chunk in bytes.chunks(ONE_PACKET) {
             stream.write_all(&frame_header(chunk.len())).await.expect("write");
             stream.write_all(chunk).await.expect("write");
         }

@@ -26,9 +26,9 @@ use crate::guest::listener::{Listener, StreamTicket};
 use crate::timeouts;
 
 /// Large enough that a stream of log lines costs few system calls, small enough for forty execs at once.
-const BUFFER: usize = wire::MAX_FRAME;
+const BUFFER: usize = wire::ONE_PACKET;
 /// Capacity of containerd's FIFOs.
-const FIFO_BYTES: usize = 256 * 1024;
+const FIFO_BYTES: usize = 1024 * 1024;
 
 /// Where a process's bytes come from and go to on the host, as the request names them. Empty means none.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -221,16 +221,22 @@ async fn copy_in(mut source: pipe::Receiver, ticket: StreamTicket) {
     }) else {
         return;
     };
-    // The header stands before the bytes in one buffer, so that a frame is one write.
+    // The header stands before the bytes in one buffer, so that a small frame is one write.
     let mut frame = vec![0; wire::FRAME_HEADER + BUFFER];
     loop {
         match source.read(&mut frame[wire::FRAME_HEADER..]).await {
             Ok(0) => break,
             Ok(length) => {
-                frame[..wire::FRAME_HEADER].copy_from_slice(&wire::frame_header(length));
+                // What else is there belongs to the same frame: the guest then takes it in one go.
+                let held = rustix::io::ioctl_fionread(&source).unwrap_or(0);
+                let more = usize::try_from(held).unwrap_or(0).min(wire::MAX_FRAME - length);
+                frame[..wire::FRAME_HEADER].copy_from_slice(&wire::frame_header(length + more));
                 // The process may have closed its stdin or ended: what is left has no reader.
                 if stream.write_all(&frame[..wire::FRAME_HEADER + length]).await.is_err() {
                     return;
+                }
+                if let Err(error) = copy_exactly(&mut source, &mut stream, more, &mut frame).await {
+                    return tracing::debug!(%error, "stdin stream broke");
                 }
             }
             Err(error) => {
@@ -240,6 +246,25 @@ async fn copy_in(mut source: pipe::Receiver, ticket: StreamTicket) {
         }
     }
     finish_sending(&mut stream).await;
+}
+
+/// Moves `left` bytes, piece by piece through `buffer`.
+async fn copy_exactly(
+    source: &mut pipe::Receiver,
+    stream: &mut (impl AsyncWrite + Unpin),
+    mut left: usize,
+    buffer: &mut [u8],
+) -> io::Result<()> {
+    while left > 0 {
+        let most = left.min(BUFFER);
+        let count = source.read(&mut buffer[..most]).await?;
+        if count == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        stream.write_all(&buffer[..count]).await?;
+        left -= count;
+    }
+    Ok(())
 }
 
 /// Sends the end and waits, bounded, for the peer's close: so nothing in flight is lost.

@@ -4,8 +4,10 @@
 //! calculate TSC khz"), and the guest runs on for ever with a clock that ticks each 4 ms and loses time with each tick that came
 //! late; or it succeeds, and the kernel's watchdog calls the counter unstable by the same lost ticks. So the host measures, and
 //! the guest is told. Measuring the local APIC's timer waits for 200 ms of ticks at boot, so the PIT (or HPET) serves as the
-//! timer. Under KVM none of this is needed: kvm-clock and the TSC deadline timer are there.
-//! <https://docs.kernel.org/admin-guide/kernel-parameters.html>: `tsc`, `tsc_early_khz`, `no_timer_check`, `nolapic_timer`.
+//! timer; the writes to port 0x80 that real ones need between two accesses would each leave the translated code. Under KVM none
+//! of this is needed: kvm-clock and the TSC deadline timer are there.
+//! <https://docs.kernel.org/admin-guide/kernel-parameters.html>: `tsc`, `tsc_early_khz`, `no_timer_check`, `nolapic_timer`,
+//! `io_delay`.
 
 use std::time::Duration;
 
@@ -19,7 +21,7 @@ use crate::vm::config::VmConfig;
 const MEASURED: Duration = Duration::from_millis(5);
 
 /// What a guest under TCG is told about its timers, apart from the frequency.
-pub const TCG_PARAMS: &[&str] = &["tsc=reliable", "no_timer_check", "nolapic_timer"];
+pub const TCG_PARAMS: &[&str] = &["tsc=reliable", "no_timer_check", "nolapic_timer", "io_delay=none"];
 
 /// `config` with the counter's frequency among the kernel's parameters where the guest cannot measure it. Takes 5 ms then.
 pub async fn told(config: &VmConfig) -> VmConfig {

@@ -137,7 +137,7 @@ impl FakeAgent {
                 let mut left: usize = count.parse().expect("a number");
                 let stdout = stdout.as_mut().expect("has stdout");
                 while left > 0 {
-                    let chunk = vec![b'x'; left.min(wire::MAX_FRAME)];
+                    let chunk = vec![b'x'; left.min(wire::ONE_PACKET)];
                     send(stdout, &chunk).await;
                     left -= chunk.len();
                     written += chunk.len() as u64;
@@ -146,7 +146,7 @@ impl FakeAgent {
             ["exit", code] => status = code.parse().expect("a number"),
             ["cat"] => {
                 let (mut stdin, stdout) = (stdin.expect("has stdin"), stdout.as_mut().expect("has stdout"));
-                let (mut deframer, mut buffer) = (Deframer::default(), vec![0; wire::MAX_FRAME]);
+                let (mut deframer, mut buffer) = (Deframer::default(), vec![0; wire::ONE_PACKET]);
                 while !deframer.ended() {
                     let length = stdin.read(&mut buffer).await.expect("host sends");
                     assert_ne!(length, 0, "stdin ends with its end frame");

@@ -1,0 +1,71 @@
+//! A dialled stream as an open file, for system calls that tokio does not know.
+//!
+//! Everything is tried before it is waited for: readiness is told once, and splice(2) does not say which of its two files made
+//! it stop, so that readiness is sometimes forgotten although it is there.
+
+use std::io;
+use std::os::fd::{AsFd as _, OwnedFd};
+
+use rustix::io::Errno;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio_vsock::VsockStream;
+
+use super::PIPE_BYTES;
+use crate::sys;
+
+/// One stream's connection to the host.
+#[derive(Debug)]
+pub struct Channel(AsyncFd<OwnedFd>);
+
+impl Channel {
+    /// Takes over a connection that was dialled.
+    pub fn new(stream: VsockStream) -> io::Result<Self> {
+        sys::watch(stream.into(), Interest::READABLE | Interest::WRITABLE).map(Self)
+    }
+
+    /// Lets the host send ahead as much as a process's pipe holds, so that both are filled and emptied in few turns.
+    pub fn widen(&self) -> io::Result<()> {
+        sys::set_vsock_buffer(self.fd().as_fd(), PIPE_BYTES as u64)
+    }
+
+    /// The connection.
+    pub fn fd(&self) -> &OwnedFd {
+        self.0.get_ref()
+    }
+
+    /// Waits until there may be something to read. Only what was tried in vain may be waited for.
+    pub async fn readable(&self) -> io::Result<()> {
+        self.0.readable().await.map(|mut ready| ready.clear_ready())
+    }
+
+    /// Waits until there may be room. Only what was tried in vain may be waited for.
+    pub async fn writable(&self) -> io::Result<()> {
+        self.0.writable().await.map(|mut ready| ready.clear_ready())
+    }
+
+    /// Sends all of `bytes`.
+    pub async fn send(&self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            match rustix::io::write(self.fd(), bytes) {
+                Ok(count) => bytes = &bytes[count..],
+                Err(Errno::AGAIN) => self.writable().await?,
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Receives what there is, at most `buffer`; 0 is the end. Cancel safe.
+    pub async fn receive(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match rustix::io::read(self.fd(), &mut *buffer) {
+                Ok(count) => return Ok(count),
+                Err(Errno::AGAIN) => self.readable().await?,
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}

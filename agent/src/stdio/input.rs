@@ -1,0 +1,146 @@
+//! The input of a process, as it comes from the host.
+//!
+//! Into a pipe the kernel moves a frame's bytes itself (splice(2)), which saves one of two copies.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use bulkhead_proto::wire::{FRAME_HEADER, FrameTooLong, Kind, MAX_FRAME, Token};
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
+use rustix::pipe::SpliceFlags;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::task::coop;
+
+use super::channel::Channel;
+use crate::link::Host;
+
+/// Bytes for a pty that are received at once.
+const CHUNK: usize = 4096;
+/// Bytes that are moved into a pipe at once: the kernel takes pages for as many as it is asked for before it looks.
+const AT_ONCE: usize = 128 * 1024;
+
+/// The input of one process.
+pub struct Input {
+    fd: Arc<AsyncFd<OwnedFd>>,
+    /// Else a pty.
+    is_pipe: bool,
+}
+
+impl Input {
+    /// An input that is written to `fd`, which does not block: a pipe, or else the master of a pty.
+    pub fn new(fd: Arc<AsyncFd<OwnedFd>>, is_pipe: bool) -> Self {
+        Self { fd, is_pipe }
+    }
+
+    /// Feeds the process until the end frame, or until it takes no more: the host learns that by the connection's end.
+    pub async fn pump(&self, host: &Host, token: Token) -> io::Result<()> {
+        let channel = Channel::new(host.dial(Kind::Stream, token).await?)?;
+        if self.is_pipe {
+            channel.widen()?;
+        }
+        loop {
+            let Some(frame) = self.header(&channel).await? else { return Ok(()) };
+            if frame == 0 {
+                return Ok(());
+            }
+            let fed = if self.is_pipe { self.splice(&channel, frame).await } else { self.copy(&channel, frame).await };
+            if !fed? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Length of the next frame, 0 at the end. None: nobody reads any more.
+    async fn header(&self, channel: &Channel) -> io::Result<Option<usize>> {
+        let mut header = [0; FRAME_HEADER];
+        let mut have = 0;
+        while have < FRAME_HEADER {
+            match self.receive(channel, &mut header[have..]).await? {
+                Some(count) => have += count,
+                None => return Ok(None),
+            }
+        }
+        match u32::from_le_bytes(header) {
+            length if length as usize <= MAX_FRAME => Ok(Some(length as usize)),
+            length => Err(io::Error::other(FrameTooLong(length))),
+        }
+    }
+
+    /// Receives some bytes. None: nobody reads any more.
+    async fn receive(&self, channel: &Channel, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+        tokio::select! {
+            received = channel.receive(buffer) => match received? {
+                0 => Err(cut_off()),
+                count => Ok(Some(count)),
+            },
+            () = self.closed() => Ok(None),
+        }
+    }
+
+    /// Has the kernel move `left` bytes from the connection to the pipe. False: nobody reads any more.
+    async fn splice(&self, channel: &Channel, mut left: usize) -> io::Result<bool> {
+        while left > 0 {
+            coop::consume_budget().await;
+            let most = left.min(AT_ONCE);
+            match rustix::pipe::splice(channel.fd(), None, self.fd.get_ref(), None, most, SpliceFlags::NONBLOCK) {
+                Ok(0) => return Err(cut_off()),
+                Ok(count) => left -= count,
+                Err(Errno::INTR) => {}
+                Err(Errno::PIPE) => return Ok(false),
+                Err(Errno::AGAIN) if !self.has_room()? => self.fd.writable().await?.clear_ready(),
+                Err(Errno::AGAIN) => tokio::select! {
+                    waited = channel.readable() => waited?,
+                    () = self.closed() => return Ok(false),
+                },
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(true)
+    }
+
+    /// Moves `left` bytes by hand. False: nobody reads any more.
+    async fn copy(&self, channel: &Channel, mut left: usize) -> io::Result<bool> {
+        let mut buffer = [0; CHUNK];
+        while left > 0 {
+            let most = left.min(CHUNK);
+            let Some(count) = self.receive(channel, &mut buffer[..most]).await? else { return Ok(false) };
+            left -= count;
+            let mut rest = &buffer[..count];
+            while !rest.is_empty() {
+                match rustix::io::write(self.fd.get_ref(), rest) {
+                    Ok(written) => rest = &rest[written..],
+                    Err(Errno::AGAIN) => self.fd.writable().await?.clear_ready(),
+                    Err(Errno::INTR) => {}
+                    Err(Errno::PIPE | Errno::IO) => return Ok(false),
+                    Err(error) => return Err(error.into()),
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// Whether the pipe takes bytes, or can tell that it never will.
+    fn has_room(&self) -> io::Result<bool> {
+        let mut watched = [PollFd::new(self.fd.get_ref(), PollFlags::OUT)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        Ok(rustix::event::poll(&mut watched, Some(&now))? > 0)
+    }
+
+    /// Waits until a pipe has no reader left; for a pty, until its slave side is gone.
+    async fn closed(&self) {
+        loop {
+            let Ok(mut ready) = self.fd.ready(Interest::WRITABLE).await else { return };
+            if ready.ready().is_write_closed() {
+                return;
+            }
+            ready.clear_ready();
+        }
+    }
+}
+
+fn cut_off() -> io::Error {
+    io::Error::new(io::ErrorKind::UnexpectedEof, "the host closed the stream before its end")
+}
