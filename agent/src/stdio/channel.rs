@@ -1,11 +1,13 @@
 //! A dialled stream as an open file, for system calls that tokio does not know.
 //!
-//! Everything is tried before it is waited for: readiness is told once, and splice(2) does not say which of its two files made
-//! it stop, so that readiness is sometimes forgotten although it is there.
+//! Everything is tried before it is waited for, and only what is certainly not there now: readiness is told once, when it comes.
+//! splice(2) does not say which of its two files made it stop, so that is asked for ([`is`]); a guess would now and then wait
+//! for ever for what had come in between.
 
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -32,6 +34,11 @@ impl Channel {
     /// The connection.
     pub fn fd(&self) -> &OwnedFd {
         self.0.get_ref()
+    }
+
+    /// Whether the connection is ready for `wanted` now, or has failed.
+    pub fn is(&self, wanted: PollFlags) -> io::Result<bool> {
+        is(self.fd(), wanted)
     }
 
     /// Waits until there may be something to read. Only what was tried in vain may be waited for.
@@ -68,4 +75,11 @@ impl Channel {
             }
         }
     }
+}
+
+/// Whether `fd` is ready for `wanted` now, or has failed.
+pub fn is(fd: &OwnedFd, wanted: PollFlags) -> io::Result<bool> {
+    let mut watched = [PollFd::new(fd, wanted)];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    Ok(rustix::event::poll(&mut watched, Some(&now))? > 0)
 }

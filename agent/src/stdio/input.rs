@@ -7,14 +7,14 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use bulkhead_proto::wire::{FRAME_HEADER, FrameTooLong, Kind, MAX_FRAME, Token};
-use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::pipe::SpliceFlags;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::task::coop;
 
-use super::channel::Channel;
+use super::channel::{Channel, is};
 use crate::link::Host;
 
 /// Bytes for a pty that are received at once.
@@ -88,13 +88,14 @@ impl Input {
             match rustix::pipe::splice(channel.fd(), None, self.fd.get_ref(), None, most, SpliceFlags::NONBLOCK) {
                 Ok(0) => return Err(cut_off()),
                 Ok(count) => left -= count,
-                Err(Errno::INTR) => {}
                 Err(Errno::PIPE) => return Ok(false),
-                Err(Errno::AGAIN) if !self.has_room()? => self.fd.writable().await?.clear_ready(),
-                Err(Errno::AGAIN) => tokio::select! {
+                Err(Errno::AGAIN) if !is(self.fd.get_ref(), PollFlags::OUT)? => self.fd.writable().await?.clear_ready(),
+                Err(Errno::AGAIN) if !channel.is(PollFlags::IN)? => tokio::select! {
                     waited = channel.readable() => waited?,
                     () = self.closed() => return Ok(false),
                 },
+                // What was in the way is gone.
+                Err(Errno::AGAIN | Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }
         }
@@ -120,13 +121,6 @@ impl Input {
             }
         }
         Ok(true)
-    }
-
-    /// Whether the pipe takes bytes, or can tell that it never will.
-    fn has_room(&self) -> io::Result<bool> {
-        let mut watched = [PollFd::new(self.fd.get_ref(), PollFlags::OUT)];
-        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        Ok(rustix::event::poll(&mut watched, Some(&now))? > 0)
     }
 
     /// Waits until a pipe has no reader left; for a pty, until its slave side is gone.

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bulkhead_proto::wire::{END, FRAME_HEADER, Kind, MAX_FRAME, Token, frame_header};
+use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::pipe::SpliceFlags;
 use tokio::io::unix::AsyncFd;
@@ -171,9 +172,10 @@ impl Output {
                     pending.total += count as u64;
                     return Ok(Spliced::Bytes(count));
                 }
-                Err(Errno::AGAIN) if rustix::io::ioctl_fionread(self.fd.get_ref())? > 0 => return Ok(Spliced::Full),
-                Err(Errno::AGAIN) => return Ok(Spliced::Empty),
-                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) if !channel.is(PollFlags::OUT)? => return Ok(Spliced::Full),
+                Err(Errno::AGAIN) if rustix::io::ioctl_fionread(self.fd.get_ref())? == 0 => return Ok(Spliced::Empty),
+                // What was in the way is gone.
+                Err(Errno::AGAIN | Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }
         }
