@@ -27,8 +27,10 @@ use crate::timeouts;
 
 /// Large enough that a stream of log lines costs few system calls, small enough for forty execs at once.
 const BUFFER: usize = wire::ONE_PACKET;
-/// Capacity of containerd's FIFOs.
-const FIFO_BYTES: usize = 1024 * 1024;
+/// Capacity of a stdin FIFO: as much as the process's pipe in the guest holds.
+const INPUT_BYTES: usize = 1024 * 1024;
+/// Capacity of an output FIFO. containerd 1.6 closes it soon after the exit, whatever it still holds: the less the better.
+const OUTPUT_BYTES: usize = 256 * 1024;
 
 /// Where a process's bytes come from and go to on the host, as the request names them. Empty means none.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -181,13 +183,13 @@ fn open_source(path: &Path) -> anyhow::Result<(pipe::Receiver, pipe::Sender)> {
     let name = || format!("open stdin FIFO {}", path.display());
     let receiver = pipe::OpenOptions::new().open_receiver(path).with_context(name)?;
     let sender = pipe::OpenOptions::new().open_sender(path).with_context(name)?;
-    widen(&sender);
+    widen(&sender, INPUT_BYTES);
     Ok((receiver, sender))
 }
 
 /// Makes a FIFO hold a few frames, so that a burst costs fewer turns between containerd and us; it works without as well.
-fn widen(fifo: &pipe::Sender) {
-    if let Err(error) = rustix::pipe::fcntl_setpipe_size(fifo, FIFO_BYTES) {
+fn widen(fifo: &pipe::Sender, bytes: usize) {
+    if let Err(error) = rustix::pipe::fcntl_setpipe_size(fifo, bytes) {
         tracing::debug!(%error, "a FIFO keeps its size");
     }
 }
@@ -210,7 +212,7 @@ async fn open_sink(target: &str) -> anyhow::Result<Sink> {
         .read_write(true)
         .open_sender(target)
         .with_context(|| format!("open output FIFO {target}"))?;
-    widen(&sender);
+    widen(&sender, OUTPUT_BYTES);
     Ok(Sink::Pipe(sender))
 }
 
