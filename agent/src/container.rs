@@ -152,7 +152,7 @@ impl Container {
 
         let init = Arc::new(Process::new(String::new(), stdio, Arc::clone(&services.reaper)));
         let pid = started.pid;
-        let attached = Streams::run(&init.stdio, ends, started.terminal, services);
+        let attached = Streams::run(&init.stdio, ends, started.terminal, &services.host, &services.carrier);
         match attached {
             Ok(streams) => init.attach(pid, streams),
             Err(error) => {
@@ -254,7 +254,7 @@ impl Container {
         }));
         let (Started { pid, terminal }, exit) = services.spawn(run, child.0).await.map_err(unable)?;
         stages.done("spawn");
-        match Streams::run(&process.stdio, ends, terminal, services) {
+        match Streams::run(&process.stdio, ends, terminal, &services.host, &services.carrier) {
             Ok(streams) => process.attach(pid, streams),
             Err(error) => {
                 // Without streams nobody would ever know of it. It may have ended by itself, which is as well.

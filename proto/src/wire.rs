@@ -125,6 +125,14 @@ pub fn frame_header(length: usize) -> [u8; FRAME_HEADER] {
     (length as u32).to_le_bytes()
 }
 
+/// What a frame's header announces: 0 is [`END`].
+pub fn frame_length(header: [u8; FRAME_HEADER]) -> Result<usize, FrameTooLong> {
+    match u32::from_le_bytes(header) {
+        length if length as usize <= MAX_FRAME => Ok(length as usize),
+        length => Err(FrameTooLong(length)),
+    }
+}
+
 /// A frame's header announces more than [`MAX_FRAME`] bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("stream frame of {0} bytes, at most {MAX_FRAME} are allowed")]
@@ -160,12 +168,8 @@ impl Deframer {
             self.header_length += 1;
             if self.header_length == FRAME_HEADER {
                 self.header_length = 0;
-                let length = u32::from_le_bytes(self.header);
-                if length as usize > MAX_FRAME {
-                    return Err(FrameTooLong(length));
-                }
-                self.left = length as usize;
-                self.ended = length == 0;
+                self.left = frame_length(self.header)?;
+                self.ended = self.left == 0;
             }
         }
         if self.ended || input.is_empty() {

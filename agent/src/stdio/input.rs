@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use bulkhead_proto::wire::{FRAME_HEADER, FrameTooLong, Kind, MAX_FRAME, Token};
+use bulkhead_proto::wire::{FRAME_HEADER, Kind, Token, frame_length};
 use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::pipe::SpliceFlags;
@@ -63,10 +63,7 @@ impl Input {
                 None => return Ok(None),
             }
         }
-        match u32::from_le_bytes(header) {
-            length if length as usize <= MAX_FRAME => Ok(Some(length as usize)),
-            length => Err(io::Error::other(FrameTooLong(length))),
-        }
+        frame_length(header).map(Some).map_err(io::Error::other)
     }
 
     /// Receives some bytes. None: nobody reads any more.

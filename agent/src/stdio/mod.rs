@@ -26,7 +26,7 @@ pub use self::carrier::Carrier;
 use self::input::Input;
 use self::output::Output;
 use crate::error::{During, Error, Result};
-use crate::pod::Services;
+use crate::link::Host;
 use crate::sys;
 
 /// Capacity of a process's pipes.
@@ -138,10 +138,10 @@ pub struct Streams {
 }
 
 impl Streams {
-    /// Connects the streams of `plan` and moves bytes until each ends. `terminal` is the master of the process's pty.
-    pub fn run(plan: &Plan, ends: Ends, terminal: Option<OwnedFd>, services: &Services) -> Result<Self> {
-        let host = &services.host;
-        let _carried = services.carrier.enter();
+    /// Connects the streams of `plan` and has `carrier` move bytes until each ends. `terminal` is the master of the process's
+    /// pty.
+    pub fn run(plan: &Plan, ends: Ends, terminal: Option<OwnedFd>, host: &Host, carrier: &Carrier) -> Result<Self> {
+        let _carried = carrier.enter();
         let watch = |fd: OwnedFd| -> Result<Arc<AsyncFd<OwnedFd>>> {
             set_nonblocking(&fd)?;
             sys::watch(fd, Interest::READABLE | Interest::WRITABLE).map(Arc::new).during(|| "watch a stream")
