@@ -11,8 +11,9 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::sync::Arc;
 
 use anyhow::Context;
@@ -158,6 +159,16 @@ impl fmt::Display for ChildExit {
                 Err(_) => write!(f, "was ended by signal {signal}"),
             },
             Self::Unknown => f.write_str("ended with an unknown status"),
+        }
+    }
+}
+
+impl From<ExitStatus> for ChildExit {
+    fn from(status: ExitStatus) -> Self {
+        match (status.code(), status.signal()) {
+            (Some(code), _) => Self::Exited(code),
+            (None, Some(signal)) => Self::Signaled(signal),
+            (None, None) => Self::Unknown,
         }
     }
 }
@@ -393,11 +404,11 @@ fn drain(stderr: &pipe::Receiver, tail: &Tail) -> bool {
     true
 }
 
-/// Keeps the child's file numbers busy in the shim while it forks.
+/// Keeps a child's file numbers busy in the shim while it forks; the result is to live as long.
 ///
 /// `std::process` tells an error between fork and exec through a pipe of its own; were that pipe to get one of the numbers
 /// that the child's files move to, an error would go into such a file and be lost.
-fn reserve(fds: &[(OwnedFd, RawFd)]) -> anyhow::Result<Vec<OwnedFd>> {
+pub(crate) fn reserve(fds: &[(OwnedFd, RawFd)]) -> anyhow::Result<Vec<OwnedFd>> {
     let mut reserved = Vec::new();
     for (fd, number) in fds {
         let copy =

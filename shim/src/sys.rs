@@ -18,7 +18,7 @@ use tokio::io::unix::AsyncFd;
 /// The child is a copy of one thread of a threaded process: `hook` must make system calls only (no allocation, no lock, no log).
 #[expect(unsafe_code, reason = "std has no safe way to run code between fork and exec")]
 pub fn before_exec(command: &mut Command, hook: impl FnMut() -> io::Result<()> + Send + Sync + 'static) {
-    // SAFETY: every caller in this crate keeps to the rule above; `process` is the only one.
+    // SAFETY: every caller in this crate keeps to the rule above; `process` and `container::stdio` are all that there are.
     unsafe { command.pre_exec(hook) };
 }
 

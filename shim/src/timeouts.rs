@@ -23,6 +23,12 @@ pub const DRAIN: Duration = Duration::from_secs(10);
 pub const QMP_COMMAND: Duration = Duration::from_secs(10);
 /// A helper (virtiofsd, vsock) listens after its start.
 pub const HELPER_READY: Duration = Duration::from_secs(20);
+/// A logging binary is ready for the process that it serves. containerd's own shim waits for ever.
+pub const LOGGER_READY: Duration = Duration::from_secs(30);
+/// A logging binary ends by itself when its streams have ended; with [`LOGGER_TERM`] as long as containerd's own shim waits.
+pub const LOGGER_END: Duration = Duration::from_secs(2);
+/// A logging binary ends after SIGTERM.
+pub const LOGGER_TERM: Duration = Duration::from_secs(10);
 /// The guest powers off by itself after Shutdown; then QEMU is killed.
 pub const GUEST_SHUTDOWN: Duration = Duration::from_secs(5);
 /// A child ends after SIGKILL.

@@ -100,6 +100,8 @@ impl SandboxIdentity {
 pub struct Access {
     /// The sandbox's id.
     pub sandbox_id: String,
+    /// containerd's namespace.
+    pub namespace: String,
     /// The agent.
     pub guest: Guest,
     /// Where streams are registered.
@@ -494,6 +496,7 @@ async fn assemble(
     alive(&request.cancel)?;
     Ok(Access {
         sandbox_id: identity.sandbox_id.clone(),
+        namespace: identity.namespace.clone(),
         guest,
         listener,
         place: Place { host, share, disks: vm.disks() },

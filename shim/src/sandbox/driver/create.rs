@@ -13,7 +13,7 @@ use super::process::encode;
 use super::{Container, Done, Door, Driver, Holding, Stage, answer};
 use crate::container::ContainerId;
 use crate::container::spec::{self, PidNamespace, Role};
-use crate::container::stdio::{Stdio, StdioPaths};
+use crate::container::stdio::{Logged, Stdio, StdioPaths};
 use crate::error::{Error, Result};
 use crate::sandbox::boot::{self, Access, BootRequest, Farewell, Pod};
 use crate::sandbox::spec::SandboxSpec;
@@ -311,7 +311,8 @@ async fn make(access: &Access, task: &CreateTask, guest: spec::GuestSpec, target
         ContainerStorage::attach(&access.place, owner, &task.rootfs, premounted, &mut guest_spec).await?;
     let stored = begun.elapsed();
     let made = async {
-        let (stdio, told) = Stdio::open(&task.stdio, &access.listener).await?;
+        let logged = Logged { id: &task.id.0, namespace: &access.namespace };
+        let (stdio, told) = Stdio::open(&task.stdio, logged, &access.listener).await?;
         let request = agent::CreateContainerRequest {
             container_id: task.id.0.clone(),
             spec_json: encode(&guest_spec, "spec")?,

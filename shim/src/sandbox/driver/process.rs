@@ -7,12 +7,13 @@ use containerd_shim_protos::events::task::{
     TaskDelete, TaskExecAdded, TaskExecStarted, TaskPaused, TaskResumed, TaskStart,
 };
 use containerd_shim_protos::protobuf::MessageField;
+use futures::future::join_all;
 use serde_json::Value;
 
 use super::{Container, Done, Door, Driver, Stage, answer, deleted};
 use crate::container::process::{Exit, Phase, Process, Step};
 use crate::container::spec::{self, Role};
-use crate::container::stdio::{Stdio, StdioPaths};
+use crate::container::stdio::{Logged, Stdio, StdioPaths};
 use crate::container::{ContainerId, ProcessId};
 use crate::error::{Error, Kind, Result, WithKind};
 use crate::sandbox::boot::{Access, Farewell};
@@ -259,9 +260,7 @@ impl Driver {
         let access = self.access("delete").ok();
         let id = id.clone();
         self.jobs.spawn(async move {
-            for stdio in stdio.into_iter().flatten() {
-                stdio.close().await;
-            }
+            join_all(stdio.into_iter().flatten().map(Stdio::close)).await;
             let mut result = Ok(());
             if let Some(access) = access {
                 if in_guest {
@@ -427,7 +426,8 @@ async fn start_in_guest(access: &Access, id: &ProcessId, exec: Option<ExecStart>
         access.guest.start_process(start).await?;
         return Ok(None);
     };
-    let (stdio, told) = Stdio::open(&exec.paths, &access.listener).await?;
+    let logged = Logged { id: id.exec_id(), namespace: &access.namespace };
+    let (stdio, told) = Stdio::open(&exec.paths, logged, &access.listener).await?;
     let told = agent::Stdio { height: exec.height, width: exec.width, ..told };
     let started = async {
         access

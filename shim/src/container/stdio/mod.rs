@@ -1,0 +1,191 @@
+//! Copies the bytes of one process between where containerd wants them and the guest's streams.
+//!
+//! Nothing passes through the driver: each stream is a task of its own. Two rules come from containerd
+//! (<https://github.com/containerd/containerd/blob/main/docs/runtime-v2.md#io>):
+//!
+//! - Output FIFOs are opened for reading as well, so that a restart of containerd, which closes its ends for a while,
+//!   neither raises EPIPE nor loses what was written: the writer waits.
+//! - A second handle keeps the stdin FIFO open for writing until `CloseIO`, or the first `attach` that leaves would be EOF.
+//!
+//! Output may also go to a file (`sink`) or to a logging binary of the process's own (`logger`).
+
+use std::path::Path;
+
+use bulkhead_proto::agent;
+use bulkhead_proto::wire::{self, Token};
+use tokio::net::unix::pipe;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use self::logger::Logger;
+use self::sink::{Sink, Sinks};
+use crate::guest::listener::Listener;
+use crate::timeouts;
+
+mod logger;
+mod sink;
+mod source;
+
+/// Large enough that a stream of log lines costs few system calls, small enough for forty execs at once.
+const BUFFER: usize = wire::ONE_PACKET;
+/// Capacity of a stdin FIFO: as much as the process's pipe in the guest holds.
+const INPUT_BYTES: usize = 1024 * 1024;
+/// Capacity of what output goes to. containerd 1.6 closes its FIFO soon after the exit, whatever it still holds: the less the
+/// better.
+const OUTPUT_BYTES: usize = 256 * 1024;
+
+/// Where a process's bytes come from and go to on the host, as the request names them. Empty means none.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct StdioPaths {
+    /// FIFO.
+    pub stdin: String,
+    /// FIFO, or `file:///PATH`, `binary:///PATH?KEY=VALUE`, `binary-v2:///PATH?KEY=VALUE`.
+    pub stdout: String,
+    /// As `stdout`, and where that is a URI normally the same; unused with `terminal`.
+    pub stderr: String,
+    /// The process has a pty.
+    pub terminal: bool,
+}
+
+/// What a logging binary is told about the process that it serves.
+#[derive(Debug, Clone, Copy)]
+pub struct Logged<'a> {
+    /// Id of the container; of the exec, if it is one: so do loggers know execs from containerd's shim for runc.
+    pub id: &'a str,
+    /// containerd's namespace.
+    pub namespace: &'a str,
+}
+
+/// Bytes passed on so far, and whether the stream has ended.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Progress {
+    bytes: u64,
+    ended: bool,
+}
+
+/// The running copies of one process. Dropping it stops them.
+#[derive(Debug)]
+pub struct Stdio {
+    stdout: Option<watch::Receiver<Progress>>,
+    stderr: Option<watch::Receiver<Progress>>,
+    /// Kept until `CloseIO`.
+    stdin_writer: Option<pipe::Sender>,
+    stop: CancellationToken,
+    copies: JoinSet<()>,
+    /// Those whose output the copies are; more than one only if stdout and stderr name different binaries.
+    loggers: Vec<Logger>,
+}
+
+/// How much output came before an exit, as the guest counted it; see `Exit` in the agent's API.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OutputCount {
+    /// Bytes of stdout, or of the pty.
+    pub stdout: u64,
+    /// Bytes of stderr.
+    pub stderr: u64,
+}
+
+impl Stdio {
+    /// Opens the host's ends, starts logging binaries, and starts a copy for each stream; each waits for the guest to dial.
+    ///
+    /// Returns what the guest must be told. Errors name the path.
+    pub async fn open(
+        paths: &StdioPaths,
+        logged: Logged<'_>,
+        listener: &Listener,
+    ) -> anyhow::Result<(Self, agent::Stdio)> {
+        let mut told = agent::Stdio { terminal: paths.terminal, ..Default::default() };
+        let mut stdio = Self {
+            stdout: None,
+            stderr: None,
+            stdin_writer: None,
+            stop: CancellationToken::new(),
+            copies: JoinSet::new(),
+            loggers: Vec::new(),
+        };
+        let sinks = Sinks::open(paths, logged).await?;
+        stdio.loggers = sinks.loggers;
+        if !paths.stdin.is_empty() {
+            let (source, writer) = source::open(Path::new(&paths.stdin))?;
+            let token = new_token();
+            let ticket = listener.register(token);
+            stdio.stdin_writer = Some(writer);
+            told.stdin_token = token.to_vec();
+            let stop = stdio.stop.clone();
+            stdio.copies.spawn(async move {
+                tokio::select! {
+                    () = stop.cancelled() => {}
+                    () = source::copy(source, ticket) => {}
+                }
+            });
+        }
+        if let Some(sink) = sinks.stdout {
+            let (token, progress) = stdio.copy_out(sink, listener);
+            told.stdout_token = token;
+            stdio.stdout = Some(progress);
+        }
+        if let Some(sink) = sinks.stderr {
+            let (token, progress) = stdio.copy_out(sink, listener);
+            told.stderr_token = token;
+            stdio.stderr = Some(progress);
+        }
+        Ok((stdio, told))
+    }
+
+    fn copy_out(&mut self, sink: Sink, listener: &Listener) -> (Vec<u8>, watch::Receiver<Progress>) {
+        let token = new_token();
+        let ticket = listener.register(token);
+        let (progress, seen) = watch::channel(Progress::default());
+        let stop = self.stop.clone();
+        self.copies.spawn(async move {
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = sink::copy(ticket, sink, &progress) => {}
+            }
+            progress.send_modify(|progress| progress.ended = true);
+        });
+        (token.to_vec(), seen)
+    }
+
+    /// Lets the stdin FIFO reach EOF once its last writer on containerd's side is gone.
+    pub fn close_stdin(&mut self) {
+        self.stdin_writer = None;
+    }
+
+    /// A future that ends when `count` bytes were passed on, or the streams have ended, or after [`timeouts::DRAIN`].
+    ///
+    /// Without `count` (the guest is gone) it waits for the ends of the streams. True if nothing was given up on.
+    pub fn drained(&self, count: Option<OutputCount>) -> impl Future<Output = bool> + Send + use<> {
+        let waits = [(self.stdout.clone(), count.map(|c| c.stdout)), (self.stderr.clone(), count.map(|c| c.stderr))];
+        async move {
+            let all = async {
+                for (progress, bytes) in waits {
+                    let Some(mut progress) = progress else { continue };
+                    // An error means the copy is gone, which is an end too.
+                    drop(progress.wait_for(|seen| seen.ended || bytes.is_some_and(|bytes| seen.bytes >= bytes)).await);
+                }
+            };
+            timeout(timeouts::DRAIN, all).await.is_ok()
+        }
+    }
+
+    /// Ends every copy, closes the host's ends, and sees the loggers end.
+    pub async fn close(mut self) {
+        self.stop.cancel();
+        while self.copies.join_next().await.is_some() {}
+        futures::future::join_all(self.loggers.into_iter().map(Logger::finish)).await;
+    }
+}
+
+fn new_token() -> Token {
+    rand::random()
+}
+
+/// Makes a pipe hold a few frames, so that a burst costs fewer turns between its reader and us; it works without as well.
+fn widen(pipe: &pipe::Sender, bytes: usize) {
+    if let Err(error) = rustix::pipe::fcntl_setpipe_size(pipe, bytes) {
+        tracing::debug!(%error, "a pipe keeps its size");
+    }
+}

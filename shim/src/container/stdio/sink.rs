@@ -1,0 +1,236 @@
+//! Where a process's output goes on the host: a FIFO of containerd's, a file, or a logging binary.
+//!
+//! containerd's URIs and what its own shim does with them:
+//! <https://github.com/containerd/containerd/blob/main/docs/runtime-v2.md#logging>.
+
+use std::ffi::OsString;
+use std::io;
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail, ensure};
+use bulkhead_proto::wire::Deframer;
+use percent_encoding::percent_decode_str;
+use tokio::fs;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::unix::pipe;
+use tokio::sync::watch;
+
+use super::logger::{Binary, Ends, Logger, Ready};
+use super::{BUFFER, Logged, OUTPUT_BYTES, Progress, StdioPaths, widen};
+use crate::guest::listener::StreamTicket;
+
+/// What output can be given as, for messages.
+pub(super) const ACCEPTED: &str = "a FIFO, file:///PATH, binary:///PATH?KEY=VALUE or binary-v2:///PATH?KEY=VALUE";
+
+/// The opened ends of a process's output.
+#[derive(Debug, Default)]
+pub(super) struct Sinks {
+    /// None: nobody wants it.
+    pub stdout: Option<Sink>,
+    /// None: nobody wants it, or it is a terminal's, which has one stream.
+    pub stderr: Option<Sink>,
+    /// Whoever reads the sinks that are theirs.
+    pub loggers: Vec<Logger>,
+}
+
+#[derive(Debug)]
+pub(super) enum Sink {
+    Pipe(pipe::Sender),
+    File(fs::File),
+}
+
+/// What `stdout` or `stderr` of a request says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Target {
+    Fifo(PathBuf),
+    File(PathBuf),
+    Binary(Binary),
+}
+
+impl Sinks {
+    /// Opens what `paths` says. Where both outputs name the same logging binary, one process serves both.
+    pub(super) async fn open(paths: &StdioPaths, logged: Logged<'_>) -> anyhow::Result<Self> {
+        let stdout = Target::parse(&paths.stdout)?;
+        let stderr = match &stdout {
+            _ if paths.terminal => None,
+            // containerd's shim looks at stdout alone for a URI.
+            Some(Target::File(_) | Target::Binary(_)) if paths.stderr.is_empty() => stdout.clone(),
+            _ => Target::parse(&paths.stderr)?,
+        };
+        let mut sinks = Self::default();
+        if let Some(Target::Binary(binary)) = &stdout
+            && stdout == stderr
+        {
+            let (logger, ends) = Logger::start(binary, logged).await?;
+            sinks.stdout = Some(Sink::Pipe(ends.stdout));
+            sinks.stderr = Some(Sink::Pipe(ends.stderr));
+            sinks.loggers.push(logger);
+            return Ok(sinks);
+        }
+        sinks.stdout = sinks.open_one(stdout, logged, |ends| ends.stdout).await?;
+        sinks.stderr = sinks.open_one(stderr, logged, |ends| ends.stderr).await?;
+        Ok(sinks)
+    }
+
+    async fn open_one(
+        &mut self,
+        target: Option<Target>,
+        logged: Logged<'_>,
+        end: fn(Ends) -> pipe::Sender,
+    ) -> anyhow::Result<Option<Sink>> {
+        Ok(Some(match target {
+            None => return Ok(None),
+            Some(Target::Fifo(path)) => Sink::fifo(&path)?,
+            Some(Target::File(path)) => Sink::file(&path).await?,
+            Some(Target::Binary(binary)) => {
+                let (logger, ends) = Logger::start(&binary, logged).await?;
+                self.loggers.push(logger);
+                Sink::Pipe(end(ends))
+            }
+        }))
+    }
+}
+
+impl Target {
+    /// None for an empty text. Errors repeat no query: it may hold secrets.
+    fn parse(text: &str) -> anyhow::Result<Option<Self>> {
+        if text.is_empty() {
+            return Ok(None);
+        }
+        let Some((scheme, rest)) = text.split_once("://") else {
+            return Ok(Some(Self::Fifo(text.into())));
+        };
+        let rest = rest.split_once('#').map_or(rest, |(rest, _fragment)| rest);
+        let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
+        let ready = match scheme {
+            "file" => None,
+            "binary" => Some(Ready::ByteOrClose),
+            "binary-v2" => Some(Ready::Byte),
+            _ => bail!("output to {scheme}:// is not supported, expected {ACCEPTED}"),
+        };
+        // What stands before the path would be a host, which has no meaning here.
+        ensure!(path.starts_with('/'), "path of {scheme}://{path} is not absolute, expected {scheme}:///PATH");
+        let path = PathBuf::from(OsString::from_vec(percent_decode_str(path).collect()));
+        Ok(Some(match ready {
+            None => Self::File(path),
+            Some(ready) => Self::Binary(Binary::new(path, query, ready)),
+        }))
+    }
+}
+
+impl Sink {
+    fn fifo(path: &Path) -> anyhow::Result<Self> {
+        let sender = pipe::OpenOptions::new()
+            .read_write(true)
+            .open_sender(path)
+            .with_context(|| format!("open output FIFO {}", path.display()))?;
+        widen(&sender, OUTPUT_BYTES);
+        Ok(Self::Pipe(sender))
+    }
+
+    /// As containerd's shim does it: the directories above are made, and what is in the file stays.
+    async fn file(path: &Path) -> anyhow::Result<Self> {
+        let name = || format!("open log file {}", path.display());
+        if let Some(directory) = path.parent() {
+            fs::DirBuilder::new().recursive(true).mode(0o755).create(directory).await.with_context(name)?;
+        }
+        let file = fs::OpenOptions::new().create(true).append(true).mode(0o644).open(path).await.with_context(name)?;
+        Ok(Self::File(file))
+    }
+
+    async fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        match self {
+            Self::Pipe(pipe) => pipe.write_all(bytes).await,
+            Self::File(file) => {
+                file.write_all(bytes).await?;
+                // Until it is flushed the data is with a background thread, and must not be counted.
+                file.flush().await
+            }
+        }
+    }
+}
+
+/// Guest to host, until the end of the stream.
+pub(super) async fn copy(ticket: StreamTicket, mut sink: Sink, progress: &watch::Sender<Progress>) {
+    let Ok(mut stream) = ticket.wait().await.inspect_err(|error| {
+        tracing::debug!(error = %format_args!("{error:#}"), "output stream was not dialled");
+    }) else {
+        return;
+    };
+    let mut buffer = vec![0; BUFFER];
+    let mut deframer = Deframer::default();
+    let mut sink_is_open = true;
+    while !deframer.ended() {
+        let length = match stream.read(&mut buffer).await {
+            Ok(0) => return tracing::debug!("output stream ended without its end frame"),
+            Ok(length) => length,
+            Err(error) => return tracing::debug!(%error, "output stream broke"),
+        };
+        let mut input = &buffer[..length];
+        loop {
+            let payload = match deframer.next(&mut input) {
+                Ok(Some(payload)) => payload,
+                Ok(None) => break,
+                Err(error) => return tracing::warn!(%error, "the guest's output stream is closed"),
+            };
+            if sink_is_open && let Err(error) = sink.write_all(payload).await {
+                // The process must not stall because its log cannot be written: the rest is dropped, and said once.
+                tracing::warn!(%error, "output cannot be written, the rest of it is dropped");
+                sink_is_open = false;
+            }
+            progress.send_modify(|progress| progress.bytes += payload.len() as u64);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    fn refused(text: &str) -> String {
+        Target::parse(text).expect_err("is refused").to_string()
+    }
+
+    #[test]
+    fn paths_are_fifos_and_uris_are_decoded() {
+        let target = |text| Target::parse(text).expect("parses");
+        assert_eq!(target(""), None);
+        assert_eq!(target("/run/fifo%20/1-stdout"), Some(Target::Fifo("/run/fifo%20/1-stdout".into())));
+        assert_eq!(target("file:///var/log/a%20b"), Some(Target::File("/var/log/a b".into())));
+        let binary = |ready| Target::Binary(Binary::new("/bin/log".into(), "a=b", ready));
+        assert_eq!(target("binary:///bin/log?a=b"), Some(binary(Ready::ByteOrClose)));
+        assert_eq!(target("binary-v2:///bin/log?a=b"), Some(binary(Ready::Byte)));
+    }
+
+    #[test]
+    fn a_refused_uri_is_told_without_its_query() {
+        assert_eq!(
+            refused("https://example.com/?token=secret"),
+            "output to https:// is not supported, expected a FIFO, file:///PATH, binary:///PATH?KEY=VALUE or \
+             binary-v2:///PATH?KEY=VALUE"
+        );
+        assert_eq!(
+            refused("binary://logger?token=secret"),
+            "path of binary://logger is not absolute, expected binary:///PATH"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_log_file_is_appended_to_and_its_directories_are_made() {
+        let dir = tempfile::tempdir().expect("makes a directory");
+        let path = dir.path().join("pods/a/log");
+        let uri = format!("file://{}", path.display());
+        let paths = StdioPaths { stdout: uri.clone(), stderr: uri, ..StdioPaths::default() };
+        for _ in 0..2 {
+            let sinks = Sinks::open(&paths, Logged { id: "a", namespace: "n" }).await.expect("opens");
+            sinks.stdout.expect("is there").write_all(b"out\n").await.expect("writes");
+            sinks.stderr.expect("is there").write_all(b"err\n").await.expect("writes");
+        }
+        assert_eq!(std::fs::read_to_string(&path).expect("reads"), "out\nerr\nout\nerr\n");
+        // Whatever the umask of the tests takes away.
+        let mode = path.metadata().expect("is there").permissions().mode();
+        assert_eq!(mode & 0o7777 & !0o644, 0, "{mode:o}");
+    }
+}
