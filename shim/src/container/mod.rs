@@ -2,6 +2,7 @@
 //!
 //! Everything here belongs to the one driver task of the sandbox (`sandbox::driver`); nothing here talks to QEMU.
 
+mod device;
 pub mod id;
 pub mod pid;
 pub mod process;

@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Value, json};
 
+use crate::container::device;
 use crate::error::{Error, Result};
 
 /// Annotation of CRI specs: `sandbox` or `container`.
@@ -119,7 +120,7 @@ pub fn translate(mut spec: Value, sandbox_pid: Option<u32>) -> Result<GuestSpec>
     }
     let linux = root.entry("linux").or_insert_with(|| json!({}));
     let linux = linux.as_object_mut().ok_or_else(|| Error::invalid("linux in the spec is not a JSON object"))?;
-    guest_linux(linux, &pid_namespace, &mut dropped);
+    guest_linux(linux, &pid_namespace, &mut dropped)?;
     Ok(GuestSpec { spec, pid_namespace, dropped })
 }
 
@@ -145,12 +146,15 @@ fn guest_process(process: &mut Map<String, Value>, dropped: &mut Vec<String>) {
     }
 }
 
-fn guest_linux(linux: &mut Map<String, Value>, pid_namespace: &PidNamespace, dropped: &mut Vec<String>) {
+fn guest_linux(linux: &mut Map<String, Value>, pid_namespace: &PidNamespace, dropped: &mut Vec<String>) -> Result<()> {
     for key in ["intelRdt", "mountLabel", "netDevices", "memoryPolicy", "personality", "timeOffsets"] {
         drop_key(linux, "linux.", key, dropped);
     }
-    for key in ["uidMappings", "gidMappings", "devices"] {
+    for key in ["uidMappings", "gidMappings"] {
         drop_key(linux, "linux.", key, dropped);
+    }
+    if device::retain(linux)? {
+        dropped.push("linux.devices".to_owned());
     }
     // Set once for the pod; network, UTS and IPC namespaces are the guest's own.
     linux.remove("sysctl");
@@ -165,6 +169,7 @@ fn guest_linux(linux: &mut Map<String, Value>, pid_namespace: &PidNamespace, dro
     if let Some(resources) = linux.get_mut("resources").and_then(Value::as_object_mut) {
         guest_resources(resources, dropped);
     }
+    Ok(())
 }
 
 fn guest_resources(resources: &mut Map<String, Value>, dropped: &mut Vec<String>) {
@@ -184,9 +189,10 @@ fn guest_resources(resources: &mut Map<String, Value>, dropped: &mut Vec<String>
             memory.remove(key);
         }
     }
-    // Rules with the numbers of the host's devices; the agent's own default rules hold the standard ones.
+    // Other numbers are those of the host's devices; the agent's own default rules hold the standard ones.
     if let Some(devices) = resources.get_mut("devices").and_then(Value::as_array_mut) {
-        devices.retain(|rule| rule.get("major").is_none() && rule.get("minor").is_none());
+        devices
+            .retain(|rule| (rule.get("major").is_none() && rule.get("minor").is_none()) || device::is_in_guest(rule));
     }
 }
 
