@@ -1,5 +1,8 @@
 //! Containers made with `ctr`, without CRI: one container is one sandbox.
 
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Result;
@@ -39,13 +42,18 @@ impl Ctr {
         id
     }
 
+    /// `ctr run` with the runtime's own options; what to run is the caller's to add.
+    pub fn bare_run(&self) -> Run {
+        let run = self.command(&["run", "--runtime", self.runtime.runtime_type()]);
+        if !self.runtime.is_bulkhead() {
+            return run;
+        }
+        run.arg("--runtime-config-path").arg(self.node.layout.root.join("bulkhead.toml"))
+    }
+
     /// `ctr run OPTIONS IMAGE ID COMMAND` with the runtime's own options.
     pub fn run(&self, options: &[&str], id: &str, command: &[&str]) -> Run {
-        let mut run = self.command(&["run", "--runtime", self.runtime.runtime_type()]);
-        if self.runtime.is_bulkhead() {
-            run = run.arg("--runtime-config-path").arg(self.node.layout.root.join("bulkhead.toml"));
-        }
-        run.args(options).args([BUSYBOX, id]).args(command)
+        self.bare_run().args(options).args([BUSYBOX, id]).args(command)
     }
 
     /// Kills and removes a container, if it is there.
@@ -56,4 +64,15 @@ impl Ctr {
         self.command(&["container", "delete", id]).output()?;
         Ok(())
     }
+}
+
+/// Makes the directory `root`, which can be a container's: a shell in it and the usual mount points.
+pub fn make_root(root: &Path) -> Result<()> {
+    fs::create_dir_all(root.join("bin"))?;
+    for directory in ["proc", "sys", "dev", "run", "tmp"] {
+        fs::create_dir(root.join(directory))?;
+    }
+    fs::copy("/bin/busybox", root.join("bin/busybox"))?;
+    symlink("busybox", root.join("bin/sh"))?;
+    Ok(())
 }

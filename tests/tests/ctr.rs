@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use bulkhead_tests::command::wait_for;
+use bulkhead_tests::ctr::make_root;
 use bulkhead_tests::row::{Context, Row, Runtime};
 use bulkhead_tests::suite;
 use bulkhead_tests::terminal::Terminal;
@@ -162,12 +163,7 @@ fn rlimits(context: &Context) -> Result<()> {
     let id = ctr.new_id("rlimits");
     // With --config ctr neither unpacks the image nor fills in its command, so the root is a directory of ours.
     let root = context.scratch.join("rootfs");
-    std::fs::create_dir_all(root.join("bin"))?;
-    for directory in ["proc", "sys", "dev", "run", "tmp"] {
-        std::fs::create_dir(root.join(directory))?;
-    }
-    std::fs::copy("/bin/busybox", root.join("bin/busybox"))?;
-    std::os::unix::fs::symlink("busybox", root.join("bin/sh"))?;
+    make_root(&root)?;
     spec["root"] = serde_json::json!({"path": root, "readonly": false});
     spec["process"]["args"] = serde_json::json!(["/bin/sh", "-c", "ulimit -n; ulimit -c"]);
     spec["process"]["rlimits"] = serde_json::json!([
@@ -177,11 +173,7 @@ fn rlimits(context: &Context) -> Result<()> {
     spec["linux"]["cgroupsPath"] = serde_json::json!(format!("/{}/{id}", context.node.name));
     let path = context.scratch.join("config.json");
     std::fs::write(&path, serde_json::to_vec(&spec)?)?;
-    let mut run = ctr.command(&["run", "--rm", "--runtime", context.runtime.runtime_type()]);
-    if context.runtime.is_bulkhead() {
-        run = run.arg("--runtime-config-path").arg(context.node.layout.root.join("bulkhead.toml"));
-    }
-    let output = run.arg("--config").arg(&path).arg(&id).success()?;
+    let output = ctr.bare_run().args(["--rm", "--config"]).arg(&path).arg(&id).success()?;
     ensure!(output.text() == "321\n0", "ulimit says {:?}", output.text());
     Ok(())
 }
