@@ -82,7 +82,7 @@ fn privileged(context: &Context) -> Result<()> {
     // Not every one: the machine itself may lack some.
     let (net_admin, sys_admin) = (1 << 12, 1 << 21);
     let all = |set: &&str| u64::from_str_radix(set, 16).is_ok_and(|set| set & net_admin != 0 && set & sys_admin != 0);
-    ensure!(sets.len() == 4 && sets[..3].iter().all(|set| all(&set)) && sets[3] == "mounted", "it says {said:?}");
+    ensure!(sets.len() == 4 && sets[..3].iter().all(all) && sets[3] == "mounted", "it says {said:?}");
     Ok(())
 }
 
