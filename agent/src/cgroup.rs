@@ -1,19 +1,20 @@
 //! One container's cgroup (v2): made before its init, removed after its last process.
 //!
-//! [`plan`] turns OCI resources into file contents and is pure. The layout is `/sys/fs/cgroup/bulkhead/<container id>`.
+//! What limits become in its files is [`crate::limits`]' affair. The layout is `/sys/fs/cgroup/bulkhead/<container id>`.
 //! Kernel: <https://docs.kernel.org/admin-guide/cgroup-v2.html>; OCI runtime `config-linux.md#control-groups`.
 
 use std::fs;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use oci_spec::runtime::LinuxResources;
 
 use crate::error::{During, Error, Result};
-use crate::{filter, sys};
+use crate::{filter, limits, sys};
 
 /// Where cgroup v2 is mounted.
 pub const MOUNT: &str = "/sys/fs/cgroup";
@@ -40,10 +41,12 @@ pub fn delegate() -> Result<()> {
     Ok(())
 }
 
-/// A container's cgroup.
+/// A container's cgroup, or the one above all of them; a clone is the same.
 #[derive(Debug, Clone)]
 pub struct Cgroup {
     directory: PathBuf,
+    /// Held while limits change: a change builds on what it finds, and takes itself back if it fails.
+    changing: Arc<Mutex<()>>,
 }
 
 impl Cgroup {
@@ -55,12 +58,12 @@ impl Cgroup {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             Err(error) => return Err(Error::internal(format!("create cgroup {}: {error}", directory.display()))),
         }
-        Ok(Self { directory })
+        Ok(Self { directory, changing: Arc::default() })
     }
 
     /// The one above those of all containers.
     pub fn of_all() -> Self {
-        Self { directory: Path::new(MOUNT).join(&PARENT[1..]) }
+        Self { directory: Path::new(MOUNT).join(&PARENT[1..]), changing: Arc::default() }
     }
 
     /// Its directory.
@@ -68,16 +71,42 @@ impl Cgroup {
         &self.directory
     }
 
-    /// Sets limits; what `resources` does not mention stays.
+    /// Sets limits; what `resources` does not mention stays, and on an error everything does.
+    ///
+    /// Less memory than is in use is no error: as under runc, the kernel takes back what it can before this returns, and
+    /// kills for the rest. Only `checkBeforeUpdate` asks to be refused then. Blocks.
     pub fn apply(&self, resources: &LinuxResources) -> Result<()> {
-        for setting in plan(resources) {
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        self.check_usage(resources)?;
+        let cpu_max = fs::read_to_string(self.directory.join("cpu.max")).unwrap_or_default();
+        let mut undo = Vec::new();
+        for setting in limits::plan(resources, &cpu_max) {
             let path = self.directory.join(&setting.file);
-            if let Err(error) = fs::write(&path, &setting.value) {
-                if setting.optional && error.kind() == io::ErrorKind::NotFound {
-                    continue;
+            let before = fs::read_to_string(&path);
+            match fs::write(&path, &setting.value) {
+                Ok(()) => undo.extend(before.map(|before| (path, before))),
+                Err(error) if setting.optional && error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => {
+                    for (path, before) in undo.into_iter().rev() {
+                        if let Err(error) = fs::write(&path, before.trim_end()) {
+                            tracing::warn!(path = %path.display(), %error, "a limit is not as it was before");
+                        }
+                    }
+                    return Err(Error::invalid(format!("set {} to {:?}: {error}", setting.file, setting.value)));
                 }
-                return Err(Error::invalid(format!("set {} to {:?}: {error}", setting.file, setting.value)));
             }
+        }
+        Ok(())
+    }
+
+    fn check_usage(&self, resources: &LinuxResources) -> Result<()> {
+        let Some(memory) = resources.memory() else { return Ok(()) };
+        let limit = memory.limit().and_then(|limit| u64::try_from(limit).ok()).filter(|&limit| limit > 0);
+        let Some(limit) = limit.filter(|_| memory.check_before_update() == Some(true)) else { return Ok(()) };
+        let used = fs::read_to_string(self.directory.join("memory.current")).during(|| "read memory.current")?;
+        let used: u64 = used.trim().parse().during(|| "read memory.current")?;
+        if limit <= used {
+            return Err(Error::precondition(format!("memory limit {limit} is not above the {used} bytes in use")));
         }
         Ok(())
     }
@@ -190,125 +219,47 @@ fn remove_tree(directory: &Path) -> io::Result<()> {
     fs::remove_dir(directory)
 }
 
-/// One file of a cgroup and what goes into it.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Setting {
-    /// Name of the file.
-    pub file: String,
-    /// Its new content.
-    pub value: String,
-    /// Nothing is wrong when the kernel does not have the file.
-    optional: bool,
-}
-
-/// The files that `resources` asks for, in the order they must be written.
-pub fn plan(resources: &LinuxResources) -> Vec<Setting> {
-    let mut settings = Vec::new();
-    let mut set = |file: &str, value: String| {
-        settings.push(Setting { file: file.to_owned(), value, optional: file.contains("swap") });
-    };
-    let limit = |value: i64| if value < 0 { "max".to_owned() } else { value.to_string() };
-
-    if let Some(cpu) = resources.cpu() {
-        if let Some(shares) = cpu.shares().filter(|&shares| shares != 0) {
-            set("cpu.weight", weight(shares).to_string());
-        }
-        if cpu.quota().is_some() || cpu.period().is_some() {
-            let quota = cpu.quota().filter(|&quota| quota > 0).map_or("max".to_owned(), |quota| quota.to_string());
-            set("cpu.max", format!("{quota} {}", cpu.period().filter(|&period| period != 0).unwrap_or(100_000)));
-        }
-        if let Some(idle) = cpu.idle() {
-            set("cpu.idle", idle.to_string());
-        }
-        for (file, list) in [("cpuset.cpus", cpu.cpus()), ("cpuset.mems", cpu.mems())] {
-            if let Some(list) = list.as_ref().filter(|list| !list.is_empty()) {
-                set(file, list.clone());
-            }
-        }
-    }
-    if let Some(memory) = resources.memory() {
-        // OCI counts memory and swap together, the kernel's v2 files apart.
-        if let Some(both) = memory.swap() {
-            let swap = match memory.limit() {
-                Some(limit) if both > 0 && limit > 0 => (both - limit).max(0),
-                _ => both,
-            };
-            set("memory.swap.max", limit(swap));
-        }
-        if let Some(bytes) = memory.limit().filter(|&bytes| bytes != 0) {
-            set("memory.max", limit(bytes));
-        }
-        if let Some(bytes) = memory.reservation().filter(|&bytes| bytes != 0) {
-            set("memory.low", limit(bytes));
-        }
-    }
-    if let Some(pids) = resources.pids() {
-        let most = pids.limit();
-        set("pids.max", if most > 0 { most.to_string() } else { "max".to_owned() });
-    }
-    for page in resources.hugepage_limits().iter().flatten() {
-        set(&format!("hugetlb.{}.max", page.page_size()), page.limit().to_string());
-    }
-    if let Some(unified) = resources.unified() {
-        let mut keys: Vec<_> = unified.iter().filter(|(key, _)| !key.contains('/')).collect();
-        keys.sort();
-        for (key, value) in keys {
-            set(key, value.clone());
-        }
-    }
-    settings
-}
-
-/// cgroup v1's 2..=262144 shares as v2's 1..=10000 weight; runc's formula.
-fn weight(shares: u64) -> u64 {
-    1 + (shares.clamp(2, 262_144) - 2) * 9999 / 262_142
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn files(json: &str) -> Vec<(String, String)> {
-        let resources: LinuxResources = serde_json::from_str(json).expect("resources");
-        plan(&resources).into_iter().map(|setting| (setting.file, setting.value)).collect()
+    /// Plain files in the place of a cgroup's.
+    fn cgroup(files: &[(&str, &str)]) -> (tempfile::TempDir, Cgroup) {
+        let directory = tempfile::tempdir().expect("makes a directory");
+        for (file, content) in files {
+            fs::write(directory.path().join(file), content).expect("writes");
+        }
+        let cgroup = Cgroup { directory: directory.path().to_owned(), changing: Arc::default() };
+        (directory, cgroup)
     }
 
-    fn pair(file: &str, value: &str) -> (String, String) {
-        (file.to_owned(), value.to_owned())
-    }
-
-    #[test]
-    fn limits_become_v2_files() {
-        let json = r#"{"cpu":{"shares":1024,"quota":50000,"period":100000},
-                       "memory":{"limit":67108864,"swap":67108864},"pids":{"limit":100},
-                       "unified":{"memory.high":"50000000"}}"#;
-        assert_eq!(
-            files(json),
-            [
-                pair("cpu.weight", "39"),
-                pair("cpu.max", "50000 100000"),
-                pair("memory.swap.max", "0"),
-                pair("memory.max", "67108864"),
-                pair("pids.max", "100"),
-                pair("memory.high", "50000000"),
-            ]
-        );
+    fn resources(json: &str) -> LinuxResources {
+        serde_json::from_str(json).expect("resources")
     }
 
     #[test]
-    fn no_limit_is_said_in_words() {
-        let json = r#"{"cpu":{"quota":-1,"period":100000},"memory":{"limit":-1},"pids":{"limit":-1}}"#;
-        assert_eq!(files(json), [pair("cpu.max", "max 100000"), pair("memory.max", "max"), pair("pids.max", "max")]);
+    fn a_change_that_is_refused_is_taken_back_whole() {
+        let (directory, cgroup) =
+            cgroup(&[("cpu.weight", "100\n"), ("cpu.max", "5000 10000\n"), ("memory.max", "max\n")]);
+        // Cannot be written, as a value that the kernel refuses.
+        fs::create_dir(directory.path().join("pids.max")).expect("makes a directory");
+        let json = r#"{"cpu":{"shares":2,"quota":20000},"pids":{"limit":5},"memory":{"limit":4096}}"#;
+        let error = cgroup.apply(&resources(json)).expect_err("is refused");
+        assert!(error.to_string().starts_with("set pids.max to \"5\": "), "{error}");
+        let read = |file: &str| fs::read_to_string(directory.path().join(file)).expect("reads");
+        let found = [read("cpu.weight"), read("cpu.max"), read("memory.max")];
+        assert_eq!(found.each_ref().map(|text| text.trim()), ["100", "5000 10000", "max"]);
     }
 
     #[test]
-    fn what_is_not_mentioned_is_not_written() {
-        assert_eq!(files("{}"), []);
-        assert_eq!(files(r#"{"cpu":{"shares":0},"memory":{}}"#), []);
-    }
-
-    #[test]
-    fn shares_span_the_whole_range_of_weights() {
-        assert_eq!((weight(2), weight(262_144), weight(0)), (1, 10_000, 1));
+    fn memory_in_use_goes_before_a_limit_only_where_that_is_asked_for() {
+        let (directory, cgroup) = cgroup(&[("memory.current", "4096\n"), ("memory.max", "max\n")]);
+        let error =
+            cgroup.apply(&resources(r#"{"memory":{"limit":4096,"checkBeforeUpdate":true}}"#)).expect_err("refused");
+        assert_eq!(error.code(), tonic::Code::FailedPrecondition);
+        assert_eq!(error.to_string(), "memory limit 4096 is not above the 4096 bytes in use");
+        cgroup.apply(&resources(r#"{"memory":{"limit":4097,"checkBeforeUpdate":true}}"#)).expect("is above");
+        cgroup.apply(&resources(r#"{"memory":{"limit":4096}}"#)).expect("is the kernel's affair");
+        assert_eq!(fs::read_to_string(directory.path().join("memory.max")).expect("reads"), "4096");
     }
 }

@@ -341,9 +341,13 @@ impl Container {
         Ok(())
     }
 
-    /// Changes limits.
+    /// Changes limits: [`Cgroup::apply`]. Blocks.
     pub fn update(&self, resources: &LinuxResources) -> Result<()> {
-        self.cgroup.apply(resources)
+        match self.cgroup.apply(resources) {
+            // Its cgroup goes with it.
+            Err(_) if self.init.phase() == Phase::Stopped => Err(Error::not_found("process already finished")),
+            applied => applied,
+        }
     }
 
     /// Stops or continues every process. Blocks.

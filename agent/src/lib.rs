@@ -5,7 +5,7 @@
 //!                      ├────> forward ──> link ──> host
 //!                      └────> container ──> process ──> stdio ──> link ──> host
 //!                                  ├──> mount ──> device
-//!                                  ├──> cgroup ──> filter
+//!                                  ├──> cgroup ──> limits, filter
 //!                                  └──> runtime (spawner, workers: libcontainer)
 //! ```
 //!
@@ -20,6 +20,7 @@ pub mod events;
 pub mod filter;
 pub mod forward;
 pub mod init;
+pub mod limits;
 pub mod link;
 pub mod metrics;
 pub mod mount;

@@ -92,6 +92,8 @@ pub struct Pod {
     slots: Mutex<HashMap<String, Slot>>,
     sandbox: Mutex<Option<Job<api::CreateSandboxResponse>>>,
     holder: Mutex<Option<Job<i32>>>,
+    /// Of all containers together.
+    cgroup: Cgroup,
 }
 
 /// A container's id is taken from the moment its creation begins.
@@ -111,7 +113,13 @@ struct Created {
 impl Pod {
     /// An empty pod.
     pub fn new(services: Arc<Services>) -> Arc<Self> {
-        Arc::new(Self { services, slots: Mutex::default(), sandbox: Mutex::default(), holder: Mutex::default() })
+        Arc::new(Self {
+            services,
+            slots: Mutex::default(),
+            sandbox: Mutex::default(),
+            holder: Mutex::default(),
+            cgroup: Cgroup::of_all(),
+        })
     }
 
     /// What the pod works with.
@@ -275,18 +283,17 @@ impl Pod {
 
     /// Changes a container's limits.
     pub async fn update(&self, container_id: &str, resources_json: &[u8]) -> Result<()> {
-        let resources: LinuxResources = serde_json::from_slice(resources_json)
-            .map_err(|error| Error::invalid(format!("OCI resources: {error}")))?;
-        self.container(container_id).await?.update(&resources)
+        let resources = resources(resources_json)?;
+        let container = self.container(container_id).await?;
+        // The kernel takes memory back before it returns.
+        tokio::task::spawn_blocking(move || container.update(&resources)).await.during(|| "change limits")?
     }
 
     /// Changes what all containers together may use.
     pub async fn update_all(&self, resources_json: &[u8]) -> Result<()> {
-        let resources: LinuxResources = serde_json::from_slice(resources_json)
-            .map_err(|error| Error::invalid(format!("OCI resources: {error}")))?;
-        // The kernel takes memory back before it returns.
-        let applied = tokio::task::spawn_blocking(move || Cgroup::of_all().apply(&resources)).await;
-        applied.during(|| "change the pod's limits")?
+        let resources = resources(resources_json)?;
+        let cgroup = self.cgroup.clone();
+        tokio::task::spawn_blocking(move || cgroup.apply(&resources)).await.during(|| "change the pod's limits")?
     }
 
     /// Stops or continues a container.
@@ -349,4 +356,8 @@ impl Pod {
     fn slots(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn resources(json: &[u8]) -> Result<LinuxResources> {
+    serde_json::from_slice(json).map_err(|error| Error::invalid(format!("OCI resources: {error}")))
 }
