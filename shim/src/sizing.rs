@@ -110,24 +110,27 @@ pub struct Ceiling {
 }
 
 impl Ceiling {
-    /// Refuses new limits of the pod that its VM cannot give. No limit always fits: it promises nothing.
-    pub fn admit(&self, wanted: Limits) -> Result<()> {
-        let fits = |wanted: Option<u64>, made_for: Option<u64>, has: u64| {
-            wanted.is_none_or(|wanted| wanted <= has || made_for.is_some_and(|made_for| wanted <= made_for))
+    /// Refuses new limits of `whose`, the pod or one of its containers, that the VM cannot give.
+    ///
+    /// No limit always fits: it promises nothing. Nor are those refused that `whose` was `made_with`: they are no growth.
+    pub fn admit(&self, whose: &str, wanted: Limits, made_with: Limits) -> Result<()> {
+        let refuse = |what: String, most: String| {
+            Err(Error::failed_precondition(format!(
+                "{what} of {whose} is more than its virtual machine has, which stays as it started; accepted is up to {most}"
+            )))
+        };
+        let above = |wanted: Option<u64>, has: u64, exempt: [Option<u64>; 2]| {
+            wanted.filter(|&wanted| wanted > has && exempt.iter().flatten().all(|&exempt| wanted > exempt))
         };
         let cpu_milli = u64::from(self.size.vcpus) * 1000;
-        if !fits(wanted.cpu_milli, self.limits.cpu_milli, cpu_milli) {
-            return Err(Error::failed_precondition(format!(
-                "CPU limit {}m of the pod is more than its virtual machine has, which stays as it started; accepted is up to {cpu_milli}m",
-                wanted.cpu_milli.unwrap_or_default()
-            )));
+        if let Some(milli) = above(wanted.cpu_milli, cpu_milli, [self.limits.cpu_milli, made_with.cpu_milli]) {
+            return refuse(format!("CPU limit {milli}m"), format!("{cpu_milli}m"));
         }
         let memory_bytes = u64::from(self.size.memory_mib.saturating_sub(GUEST_OVERHEAD_MIB)) * MIB;
-        if !fits(wanted.memory_bytes, self.limits.memory_bytes, memory_bytes) {
-            return Err(Error::failed_precondition(format!(
-                "memory limit {} of the pod is more than its virtual machine has, which stays as it started; accepted is up to {memory_bytes} bytes",
-                wanted.memory_bytes.unwrap_or_default()
-            )));
+        if let Some(bytes) =
+            above(wanted.memory_bytes, memory_bytes, [self.limits.memory_bytes, made_with.memory_bytes])
+        {
+            return refuse(format!("memory limit {bytes}"), format!("{memory_bytes} bytes"));
         }
         Ok(())
     }
@@ -258,20 +261,20 @@ mod tests {
     #[test]
     fn a_running_vm_takes_limits_that_it_can_give() {
         let ceiling = |limits: Limits, vcpus, memory_mib| Ceiling { limits, size: VmSize { vcpus, memory_mib } };
-        let made_for = Limits::new(150_000, 100_000, 512 * MI);
-        let vm = ceiling(made_for, 2, 576);
+        let admit = |vm: &Ceiling, wanted| vm.admit("the pod", wanted, Limits::default());
+        let vm = ceiling(Limits::new(150_000, 100_000, 512 * MI), 2, 576);
         for (quota, memory) in [(150_000, 512 * MI), (200_000, 512 * MI), (1000, MI), (0, 0), (-1, -1)] {
-            vm.admit(Limits::new(quota, 100_000, memory)).expect("fits");
+            admit(&vm, Limits::new(quota, 100_000, memory)).expect("fits");
         }
-        let said = vm.admit(Limits::new(200_001, 100_000, 0)).expect_err("is refused");
+        let said = admit(&vm, Limits::new(200_001, 100_000, 0)).expect_err("is refused");
         assert_eq!(said.kind(), crate::error::Kind::FailedPrecondition);
         assert!(said.to_string().contains("2001m") && said.to_string().contains("up to 2000m"), "{said}");
-        let said = vm.admit(Limits::new(0, 0, 512 * MI + 1)).expect_err("is refused").to_string();
+        let said = admit(&vm, Limits::new(0, 0, 512 * MI + 1)).expect_err("is refused").to_string();
         assert!(said.contains("536870913") && said.contains("up to 536870912"), "{said}");
         // The host had less than the pod was allowed: going back to that is no growth.
         let capped = ceiling(Limits::new(400_000, 100_000, 4096 * MI), 2, 1024);
-        capped.admit(Limits::new(400_000, 100_000, 4096 * MI)).expect("is what it was made for");
-        capped.admit(Limits::new(500_000, 100_000, 0)).expect_err("is more");
+        admit(&capped, Limits::new(400_000, 100_000, 4096 * MI)).expect("is what it was made for");
+        admit(&capped, Limits::new(500_000, 100_000, 0)).expect_err("is more");
     }
 
     fn spec(json: &str) -> Spec {

@@ -377,3 +377,32 @@ async fn limits_of_a_pod_change_inside_what_its_vm_has_and_back() {
     assert_eq!(world.agent().pod_limits(), [small, small, none]);
     world.stop().await;
 }
+
+#[tokio::test]
+async fn an_update_beyond_the_vm_is_refused_and_reaches_nobody() {
+    let world = World::start().await;
+    world.create_container("web", json!(["hang"])).await.expect("creates");
+    world.sandbox.start(World::init("web")).await.expect("starts");
+    let update = |resources| world.sandbox.update(ContainerId("web".into()), resources);
+    let large = json!({"cpu": {"quota": 100_001, "period": 100_000}, "memory": {"limit": 64 << 20}});
+    let refused = update(large).await.expect_err("is too much");
+    assert_eq!(refused.kind(), Kind::FailedPrecondition);
+    assert!(refused.to_string().contains("CPU limit 1001m of container web"), "{refused}");
+    assert_eq!(world.agent().container_limits(), [""; 0]);
+    let fits = json!({"memory": {"limit": 64 << 20}, "unified": {"memory.high": "60000000", "io.max": "8:0 wbps=1"}});
+    update(fits).await.expect("fits");
+    let told = r#"{"memory":{"limit":67108864},"unified":{"memory.high":"60000000"}}"#;
+    assert_eq!(world.agent().container_limits(), [told]);
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn an_update_of_what_has_exited_finds_nothing() {
+    let world = World::start().await;
+    world.create_container("web", json!(["exit", "0"])).await.expect("creates");
+    world.sandbox.start(World::init("web")).await.expect("starts");
+    world.sandbox.wait(World::init("web")).await.expect("exits");
+    let gone = world.sandbox.update(ContainerId("web".into()), json!({"memory": {"limit": 64 << 20}}));
+    assert_eq!(gone.await.expect_err("is gone").kind(), Kind::NotFound);
+    world.stop().await;
+}

@@ -4,6 +4,7 @@
 
 mod device;
 pub mod id;
+pub mod limits;
 pub mod pid;
 pub mod process;
 pub mod spec;

@@ -172,21 +172,40 @@ fn guest_linux(linux: &mut Map<String, Value>, pid_namespace: &PidNamespace, dro
     Ok(())
 }
 
+/// Files of a cgroup that mean in the guest what they mean on the host, by which kubelet says how memory is protected,
+/// throttled and killed for. What they hold is no promise, so none is too large for a VM: without a limit, kubelet takes
+/// `memory.high` from the memory of the node.
+const UNIFIED: &[&str] = &["memory.high", "memory.low", "memory.min", "memory.oom.group"];
+
 fn guest_resources(resources: &mut Map<String, Value>, dropped: &mut Vec<String>) {
     let at = "linux.resources.";
-    for key in ["hugepageLimits", "blockIO", "network", "rdma", "unified"] {
+    for key in ["hugepageLimits", "blockIO", "network", "rdma"] {
         drop_key(resources, at, key, dropped);
     }
     if let Some(cpu) = resources.get_mut("cpu").and_then(Value::as_object_mut) {
-        // Ids of the host's CPUs and memory nodes.
-        for key in ["cpus", "mems", "realtimeRuntime", "realtimePeriod"] {
+        // Ids of the host's CPUs and memory nodes, and kinds of CPU time that the agent does not set.
+        for key in ["cpus", "mems", "realtimeRuntime", "realtimePeriod", "burst"] {
             drop_key(cpu, "linux.resources.cpu.", key, dropped);
         }
     }
     if let Some(memory) = resources.get_mut("memory").and_then(Value::as_object_mut) {
-        // The guest has no swap, so these would be refused or mean something else.
-        for key in ["swap", "swappiness", "kernel", "kernelTCP", "useHierarchy"] {
-            memory.remove(key);
+        // The guest has no swap, so these would be refused or mean something else. Swap as large as memory is none.
+        if memory.get("swap").is_some() && memory.get("swap") == memory.get("limit") {
+            memory.remove("swap");
+        }
+        for key in ["swap", "swappiness", "kernel", "kernelTCP"] {
+            drop_key(memory, "linux.resources.memory.", key, dropped);
+        }
+        memory.remove("useHierarchy");
+    }
+    if let Some(unified) = resources.get_mut("unified").and_then(Value::as_object_mut) {
+        let foreign: Vec<_> = unified.keys().filter(|key| !UNIFIED.contains(&key.as_str())).cloned().collect();
+        for key in foreign {
+            unified.remove(&key);
+            dropped.push(format!("linux.resources.unified.{key}"));
+        }
+        if unified.is_empty() {
+            resources.remove("unified");
         }
     }
     // Other numbers are those of the host's devices; the agent's own default rules hold the standard ones.
@@ -301,6 +320,45 @@ mod tests {
                 "linux.resources.cpu.cpus"
             ]
         );
+    }
+
+    #[test]
+    fn resources_of_the_host_are_dropped_and_named_one_by_one() {
+        let asked = json!({
+            "cpu": {"quota": 50_000, "cpus": "0-3", "mems": "0", "burst": 1000},
+            "memory": {"limit": 1_048_576, "swap": 2_097_152, "swappiness": 10, "useHierarchy": true},
+            "pids": {"limit": 10},
+            "blockIO": {"weight": 10},
+            "unified": {
+                "memory.high": "900000", "memory.oom.group": "1", "io.max": "8:0 rbps=1", "hugetlb.2MB.max": "0"
+            }
+        });
+        let (resources, dropped) = translate_resources(asked).expect("translates");
+        assert_eq!(
+            resources,
+            json!({
+                "cpu": {"quota": 50_000},
+                "memory": {"limit": 1_048_576},
+                "pids": {"limit": 10},
+                "unified": {"memory.high": "900000", "memory.oom.group": "1"}
+            })
+        );
+        assert_eq!(
+            dropped,
+            [
+                "linux.resources.blockIO",
+                "linux.resources.cpu.cpus",
+                "linux.resources.cpu.mems",
+                "linux.resources.cpu.burst",
+                "linux.resources.memory.swap",
+                "linux.resources.memory.swappiness",
+                "linux.resources.unified.hugetlb.2MB.max",
+                "linux.resources.unified.io.max"
+            ]
+        );
+        let (resources, dropped) = translate_resources(json!({"unified": {"io.max": "x"}})).expect("translates");
+        assert_eq!((resources, dropped.len()), (json!({}), 1));
+        translate_resources(json!("1Gi")).expect_err("is refused");
     }
 
     #[test]

@@ -40,6 +40,7 @@ struct State {
     withheld: bool,
     starts: u32,
     pod_limits: Vec<String>,
+    container_limits: Vec<String>,
     mounts: HashMap<String, serde_json::Value>,
 }
 
@@ -186,6 +187,11 @@ impl FakeAgent {
         self.state.lock().expect("not poisoned").pod_limits.clone()
     }
 
+    /// Resources of containers that were updated, each as JSON, in order.
+    pub fn container_limits(&self) -> Vec<String> {
+        self.lock().container_limits.clone()
+    }
+
     /// Mounts of a container's spec.
     pub fn mounts_of(&self, container: &str) -> serde_json::Value {
         self.state.lock().expect("not poisoned").mounts.get(container).cloned().unwrap_or_default()
@@ -317,8 +323,10 @@ impl Agent for FakeAgent {
 
     async fn update_container(
         &self,
-        _: Request<agent::UpdateContainerRequest>,
+        request: Request<agent::UpdateContainerRequest>,
     ) -> Answer<agent::UpdateContainerResponse> {
+        let json = String::from_utf8(request.into_inner().resources_json).expect("is text");
+        self.lock().container_limits.push(json);
         Ok(Response::new(agent::UpdateContainerResponse {}))
     }
 

@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::process::encode;
 use super::{Container, Done, Door, Driver, Holding, Stage, answer};
 use crate::container::ContainerId;
+use crate::container::limits::ContainerLimits;
 use crate::container::spec::{self, PidNamespace, Role};
 use crate::container::stdio::{Logged, Stdio, StdioPaths};
 use crate::error::{Error, Result};
@@ -65,8 +66,9 @@ impl Driver {
                 Err(error) => return answer(reply, Err(error.context(format!("create sandbox {}", task.id)))),
             },
         };
+        let limits = ContainerLimits::of_spec(&task.spec);
         let entry = match Container::new(role, Door::Task, task.bundle.clone(), task.stdio.clone()) {
-            Ok(entry) => entry,
+            Ok(entry) => Container { limits, ..entry },
             Err(error) => return answer(reply, Err(error)),
         };
         self.containers.insert(task.id.clone(), entry);

@@ -1,22 +1,19 @@
-//! What only the sandbox API asks: status, new limits of the pod, and its end in one call each.
+//! What only the sandbox API asks: status, and the pod's end, in one call each. Its new limits: `limits`.
 
 use std::time::SystemTime;
 
-use bulkhead_proto::agent;
 use tokio::sync::watch;
 
-use super::process::encode;
-use super::{Container, Done, Door, Driver, answer};
+use super::{Container, Door, Driver};
 use crate::container::process::{Exit, Phase};
 use crate::container::{ContainerId, ProcessId};
 use crate::error::{Error, Result};
 use crate::sandbox::boot::Farewell;
-use crate::sandbox::spec::PodResources;
 use crate::sandbox::state::State;
 use crate::sandbox::{Reply, SandboxStatus};
 
 impl Driver {
-    fn sandbox(&self, id: &ContainerId) -> Result<&Container> {
+    pub(super) fn sandbox(&self, id: &ContainerId) -> Result<&Container> {
         let found = self.containers.get(id).filter(|container| container.door == Door::SandboxApi);
         found.ok_or_else(|| Error::not_found(format!("sandbox {id} does not exist")))
     }
@@ -29,25 +26,6 @@ impl Driver {
             created_at: sandbox.created_at,
             exit: sandbox.init.exit(),
         })
-    }
-
-    pub(super) fn update_sandbox(&mut self, id: &ContainerId, resources: PodResources, reply: Reply<()>) {
-        let check = |driver: &Self| {
-            driver.sandbox(id)?;
-            let access = driver.access("update sandbox")?;
-            access.ceiling.admit(resources.limits())?;
-            let resources_json = encode(&resources.to_oci(), "resources")?;
-            Ok::<_, Error>((access, agent::UpdateSandboxRequest { resources_json }))
-        };
-        let (access, request) = match check(self) {
-            Ok(checked) => checked,
-            Err(error) => return answer(reply, Err(error)),
-        };
-        tracing::info!(sandbox_id = %id, limits = ?resources.limits(), "limits of the pod change");
-        self.jobs.spawn(async move {
-            answer(reply, access.guest.update_sandbox(request).await);
-            Done::Nothing
-        });
     }
 
     /// Begins the end, unless it has begun; the answer tells when it is through.

@@ -8,6 +8,7 @@
 mod create;
 mod door;
 mod exit;
+mod limits;
 mod process;
 mod stop;
 
@@ -24,6 +25,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::container::limits::ContainerLimits;
 use crate::container::process::{Exit, Phase, Process};
 use crate::container::spec::Role;
 use crate::container::stdio::StdioPaths;
@@ -49,6 +51,7 @@ struct Container {
     /// OCI `process` objects of the execs, for their starts.
     exec_specs: BTreeMap<ExecId, Value>,
     paused: bool,
+    limits: ContainerLimits,
     stage: Stage,
     storage: Option<ContainerStorage>,
     /// The last sample.
@@ -76,6 +79,7 @@ impl Container {
             execs: BTreeMap::new(),
             exec_specs: BTreeMap::new(),
             paused: false,
+            limits: ContainerLimits::default(),
             stage: Stage::Creating,
             storage: None,
             stats: None,
@@ -120,6 +124,7 @@ enum Done {
     Deleted(process::DeleteDone),
     /// A container was paused (true) or resumed.
     Paused(ContainerId, bool, Result<()>, Reply<()>),
+    Updated(limits::UpdateDone),
     /// QEMU or a helper has ended; the text tells how.
     ChildExited(String),
     TornDown,
@@ -278,6 +283,7 @@ impl Driver {
             Done::ExecsOverdue(id) => self.on_execs_overdue(&id),
             Done::Deleted(done) => self.on_deleted(done),
             Done::Paused(id, paused, result, reply) => self.on_paused(&id, paused, result, reply),
+            Done::Updated(done) => self.on_updated(done),
             Done::ChildExited(what) => self.pod_lost(&what),
             Done::TornDown => self.on_torn_down(),
             Done::Nothing => {}

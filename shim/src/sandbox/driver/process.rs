@@ -135,7 +135,7 @@ impl Driver {
     }
 
     /// Refuses a container whose creation or deletion is under way.
-    fn made(&self, id: &ContainerId) -> Result<&Container> {
+    pub(super) fn made(&self, id: &ContainerId) -> Result<&Container> {
         let container = self.container(id)?;
         match container.stage {
             Stage::Made => Ok(container),
@@ -382,36 +382,6 @@ impl Driver {
         let process = self.process_mut(id)?;
         process.close_stdin();
         Ok(())
-    }
-
-    pub(super) fn update(&mut self, id: &ContainerId, resources: Value, reply: Reply<()>) {
-        let check = |driver: &Self| {
-            let container = driver.made(id)?;
-            if container.role == Role::Sandbox {
-                return Ok(None);
-            }
-            driver.access("update").map(Some)
-        };
-        let access = match check(self) {
-            Ok(Some(access)) => access,
-            // The pause container's limits mean nothing in a VM, and containerd may set them.
-            Ok(None) => return answer(reply, Ok(())),
-            Err(error) => return answer(reply, Err(error)),
-        };
-        let translated = spec::translate_resources(resources)
-            .and_then(|(resources, dropped)| Ok((encode(&resources, "resources")?, dropped)));
-        let (resources_json, dropped) = match translated {
-            Ok(translated) => translated,
-            Err(error) => return answer(reply, Err(error)),
-        };
-        if !dropped.is_empty() {
-            tracing::info!(container_id = %id, dropped = dropped.join(","), "resources of the host's topology are dropped");
-        }
-        let request = agent::UpdateContainerRequest { container_id: id.0.clone(), resources_json };
-        self.jobs.spawn(async move {
-            answer(reply, access.guest.update_container(request).await);
-            Done::Nothing
-        });
     }
 }
 
