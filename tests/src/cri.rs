@@ -1,34 +1,35 @@
-//! The one call of CRI that `crictl` has no command for, made as kubelet makes it: over gRPC to containerd's socket.
+//! CRI's calls for new limits, made as kubelet makes them: `crictl` has none for a pod, and not every field for a container.
 
-use std::path::PathBuf;
-use std::time::Duration;
+use std::collections::HashMap;
 
-use anyhow::{Context, Result, anyhow};
-use hyper_util::rt::TokioIo;
-use tokio::net::UnixStream;
-use tonic::client::Grpc;
-use tonic::codegen::http::uri::PathAndQuery;
-use tonic::transport::{Endpoint, Uri};
-use tonic_prost::ProstCodec;
-use tower::service_fn;
+use anyhow::Result;
 
+use crate::container::Container;
+use crate::containerd::CRI_NAMESPACE;
+use crate::grpc;
 use crate::pod::Pod;
 
-/// Long enough for a containerd that is busy.
-const PATIENCE: Duration = Duration::from_secs(20);
-
-/// CRI's `LinuxContainerResources`, as far as a pod's limits go.
+/// CRI's `LinuxContainerResources`, as far as tests go.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Resources {
     /// Microseconds.
     #[prost(int64, tag = "1")]
     pub cpu_period: i64,
-    /// Microseconds of each period; zero for no limit.
+    /// Microseconds of each period; zero for no limit of a pod, and for no change of a container.
     #[prost(int64, tag = "2")]
     pub cpu_quota: i64,
-    /// Bytes; zero for no limit.
+    /// Relative to other containers.
+    #[prost(int64, tag = "3")]
+    pub cpu_shares: i64,
+    /// Bytes; zero as for the quota.
     #[prost(int64, tag = "4")]
     pub memory_limit_in_bytes: i64,
+    /// The node's CPUs that it may run on.
+    #[prost(string, tag = "6")]
+    pub cpuset_cpus: String,
+    /// Files of its cgroup.
+    #[prost(map = "string, string", tag = "9")]
+    pub unified: HashMap<String, String>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -40,31 +41,26 @@ struct UpdatePodSandboxResourcesRequest {
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
-struct UpdatePodSandboxResourcesResponse {}
+struct UpdateContainerResourcesRequest {
+    #[prost(string, tag = "1")]
+    container_id: String,
+    #[prost(message, optional, tag = "2")]
+    linux: Option<Resources>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct Nothing {}
 
 /// Asks for new limits of `pod`; the error has containerd's own text.
 pub fn update_pod_resources(pod: &Pod, resources: Resources) -> Result<()> {
     let request = UpdatePodSandboxResourcesRequest { pod_sandbox_id: pod.id.clone(), resources: Some(resources) };
-    let socket = pod.node.layout.socket.clone();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("make a runtime")?;
-    runtime.block_on(async {
-        tokio::time::timeout(PATIENCE, call(socket, request)).await.context("containerd does not answer")?
-    })
+    let path = "/runtime.v1.RuntimeService/UpdatePodSandboxResources";
+    grpc::unary(&pod.node, CRI_NAMESPACE, path, request).map(|Nothing {}| ())
 }
 
-async fn call(socket: PathBuf, request: UpdatePodSandboxResourcesRequest) -> Result<()> {
-    let connector = service_fn(move |_: Uri| {
-        let socket = socket.clone();
-        async move { UnixStream::connect(socket).await.map(TokioIo::new) }
-    });
-    let endpoint = Endpoint::from_static("http://containerd");
-    let channel = endpoint.connect_with_connector(connector).await.context("connect to containerd")?;
-    let mut client = Grpc::new(channel);
-    client.ready().await.context("connect to containerd")?;
-    let path = PathAndQuery::from_static("/runtime.v1.RuntimeService/UpdatePodSandboxResources");
-    let codec = ProstCodec::<_, UpdatePodSandboxResourcesResponse>::default();
-    match client.unary(tonic::Request::new(request), path, codec).await {
-        Ok(_) => Ok(()),
-        Err(status) => Err(anyhow!("{}", status.message())),
-    }
+/// Asks for new limits of `container`; the error has containerd's own text.
+pub fn update_container_resources(container: &Container<'_>, resources: Resources) -> Result<()> {
+    let request = UpdateContainerResourcesRequest { container_id: container.id.clone(), linux: Some(resources) };
+    let path = "/runtime.v1.RuntimeService/UpdateContainerResources";
+    grpc::unary(&container.pod.node, CRI_NAMESPACE, path, request).map(|Nothing {}| ())
 }

@@ -8,11 +8,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use bulkhead_tests::command::wait_for;
-use bulkhead_tests::container::{Container, ContainerSpec, text_of};
-use bulkhead_tests::cri::{Resources, update_pod_resources};
+use bulkhead_tests::container::{ContainerSpec, text_of};
 use bulkhead_tests::network::{self, MTU};
 use bulkhead_tests::pod::{Pod, PodSpec, namespace_mode};
-use bulkhead_tests::row::{ALL, BULKHEAD, Context, Row, Runtime};
+use bulkhead_tests::row::{ALL, BULKHEAD, Context, Row};
 use bulkhead_tests::suite;
 use bulkhead_tests::tools::Version;
 use serde_json::json;
@@ -63,15 +62,10 @@ const ROWS: &[Row] = &[
     Row::in_pod("file owners and modes in a volume are kept", owners),
     // Resources.
     Row::in_pod("statistics follow the program's CPU and memory", statistics),
-    Row::in_pod("limits are those asked for, and update changes them", update),
     Row::in_pod("a program over its memory limit ends as OOMKilled", oom),
-    Row::in_pod("the container sees a limit on its processes", pids_limit).only(BULKHEAD),
     Row::in_pod("statistics of the pod are those of its containers", pod_statistics)
         .releases(&[Version::V2_4])
         .only(BULKHEAD),
-    Row::alone("limits of a running pod shrink and grow inside its machine, and no further", pod_update)
-        .releases(&[Version::V2_4])
-        .only(&[Runtime::BulkheadSandbox]),
     // Together.
     Row::in_pod("two containers share localhost", localhost),
     Row::in_pod("with a PID namespace each, containers do not see one another", pid_container),
@@ -716,51 +710,6 @@ fn pod_statistics(_: &Context, pod: &Pod) -> Result<()> {
     container.remove_by_force()
 }
 
-fn pod_update(context: &Context) -> Result<()> {
-    const MIB: i64 = 1 << 20;
-    let of = |mib: i64| Resources { cpu_period: 100_000, cpu_quota: 100_000, memory_limit_in_bytes: mib * MIB };
-    let asked = json!({"cpu_period": 100_000, "cpu_quota": 100_000, "memory_limit_in_bytes": 256 * MIB});
-    let pod = context.start(PodSpec::new().set("/linux/resources", asked))?;
-    // Without a limit of its own. `tail` keeps what it reads until a line ends, and here none does.
-    let container = pod.run(ContainerSpec::idle())?;
-    let kept = || container.shell("head -c 40000000 /dev/zero | tail 2>/dev/null | wc -c");
-    ensure!(kept()? == "40000000", "a program cannot hold 40 MB in a pod of 256 MiB");
-    for _ in 0..2 {
-        update_pod_resources(&pod, of(32))?;
-    }
-    ensure!(kept()? != "40000000", "a program holds 40 MB in a pod of 32 MiB");
-    let said = update_pod_resources(&pod, of(1024)).err().context("a pod of 256 MiB became one of 1 GiB")?.to_string();
-    ensure!(said.contains("memory limit 1073741824") && said.contains("accepted is up to"), "containerd said {said:?}");
-    update_pod_resources(&pod, of(256))?;
-    ensure!(kept()? == "40000000", "the limit stays after it was taken back");
-    container.remove_by_force()?;
-    pod.remove()
-}
-
-/// The container's own view of a limit, under either version of control groups.
-fn limit(container: &Container<'_>, v1: &str, v2: &str) -> Result<String> {
-    container.shell(&format!("cat /sys/fs/cgroup/{v2} 2>/dev/null || cat /sys/fs/cgroup/{v1}"))
-}
-
-fn update(_: &Context, pod: &Pod) -> Result<()> {
-    let spec = ContainerSpec::idle()
-        .memory(64)
-        .set("/linux/resources/cpu_period", 100_000)
-        .set("/linux/resources/cpu_quota", 50_000);
-    let container = pod.run(spec)?;
-    let memory = || limit(&container, "memory/memory.limit_in_bytes", "memory.max");
-    let quota = || limit(&container, "cpu/cpu.cfs_quota_us", "cpu.max");
-    ensure!(memory()? == (64u64 << 20).to_string(), "the memory limit is {}", memory()?);
-    ensure!(quota()?.starts_with("50000"), "the CPU quota is {}", quota()?);
-    let (larger, more) = ((96u64 << 20).to_string(), "80000");
-    container
-        .crictl(&["update", "--memory", &larger, "--cpu-quota", more, "--cpu-period", "100000", &container.id])
-        .success()?;
-    ensure!(memory()? == larger, "after the update the memory limit is {}", memory()?);
-    ensure!(quota()?.starts_with(more), "after the update the CPU quota is {}", quota()?);
-    container.remove_by_force()
-}
-
 fn oom(_: &Context, pod: &Pod) -> Result<()> {
     // `tail` keeps what it reads until a line ends, and /dev/zero has no line.
     let (exit, _) = pod.run(ContainerSpec::new(&["tail", "/dev/zero"]).memory(24))?.finish(Duration::from_mins(1))?;
@@ -768,13 +717,6 @@ fn oom(_: &Context, pod: &Pod) -> Result<()> {
     // The rest of the pod is none the worse.
     ensure!(outcome(pod, ContainerSpec::script("echo well"))? == "well");
     Ok(())
-}
-
-fn pids_limit(_: &Context, pod: &Pod) -> Result<()> {
-    let container = pod.run(ContainerSpec::idle())?;
-    let found = limit(&container, "pids/pids.max", "pids.max")?;
-    ensure!(found == "max" || found.parse::<u64>().is_ok(), "pids.max reads {found:?}");
-    container.remove_by_force()
 }
 
 /// A web server for `/www` on a port.
