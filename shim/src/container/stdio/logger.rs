@@ -210,7 +210,7 @@ mod tests {
     }
 
     async fn refused(binary: &Binary) -> String {
-        format!("{:#}", start(binary).await.err().expect("is refused"))
+        format!("{:#}", start(binary).await.expect_err("is refused"))
     }
 
     fn read(dir: &Path, name: &str) -> String {
