@@ -6,7 +6,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 export BULKHEAD_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/bulkhead
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build guest install dist demo test test-kvm critest check fmt lint bench clean
+.PHONY: help setup build guest install dist demo test test-all test-kvm critest check fmt lint bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ demo: ## set up, build and show one pod from start to end
 
 test: guest ## every test, under TCG
 	BULKHEAD_TEST_ASSETS=$(TARGET)/guest cargo test --locked --workspace
+
+test-all: ## every test, and its table with every containerd that is supported
+	BULKHEAD_TEST_CONTAINERDS=1.6,1.7,2.4 $(MAKE) test
 
 test-kvm: guest ## the core of the tests inside a node with KVM, vhost and pure cgroup v2
 	tools/test-kvm.sh

@@ -37,3 +37,6 @@ pub mod sizing;
 pub mod timeouts;
 
 pub mod sys;
+
+/// Name of the runtime, as containerd's configuration spells it.
+pub const RUNTIME_NAME: &str = "io.containerd.bulkhead.v2";

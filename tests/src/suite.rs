@@ -1,7 +1,8 @@
 //! A list of rows, run against each containerd and each runtime, one after the other.
 //!
-//! The environment narrows what is run: `BULKHEAD_TEST_CONTAINERDS=1.6,2.4`, `BULKHEAD_TEST_RUNTIMES=runc`; the usual
-//! arguments of a Rust test (a filter, `--list`, `--exact`) work on the names.
+//! The environment chooses the containerds, also those that a suite leaves out to save time
+//! (`BULKHEAD_TEST_CONTAINERDS=1.6,1.7,2.4`), and narrows the runtimes (`BULKHEAD_TEST_RUNTIMES=runc`); the usual arguments
+//! of a Rust test (a filter, `--list`, `--exact`) work on the names.
 
 use std::fmt::Write as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -18,15 +19,18 @@ use crate::pod::{Pod, PodSpec};
 use crate::row::{Context, Row, Runtime, Test};
 use crate::tools::{BulkheadTools, Version};
 
-/// Runs `rows` on every combination of `versions` and `runtimes`; the value for `main` to return.
+/// Runs `rows` on every combination of `versions`, unless the environment names others, and `runtimes`; the value for `main`
+/// to return.
 pub fn run(versions: &[Version], runtimes: &[Runtime], rows: &'static [Row]) -> ExitCode {
     let mut arguments = Arguments::from_args();
     // Rows share a containerd and the machine's two or so CPUs, and they measure what is left behind.
     arguments.test_threads = Some(1);
     let stage = Arc::new(Mutex::new(Stage::default()));
     let mut trials = Vec::new();
-    for &version in versions.iter().filter(|version| wanted("BULKHEAD_TEST_CONTAINERDS", &version.to_string())) {
-        for &runtime in runtimes.iter().filter(|runtime| wanted("BULKHEAD_TEST_RUNTIMES", runtime.name())) {
+    let (releases, handlers) = (named("BULKHEAD_TEST_CONTAINERDS"), named("BULKHEAD_TEST_RUNTIMES"));
+    let versions = if releases.is_some() { &Version::ALL } else { versions };
+    for &version in versions.iter().filter(|version| wanted(releases.as_deref(), &version.to_string())) {
+        for &runtime in runtimes.iter().filter(|runtime| wanted(handlers.as_deref(), runtime.name())) {
             if runtime == Runtime::BulkheadSandbox && !version.is_v2() {
                 continue;
             }
@@ -53,8 +57,14 @@ pub fn run(versions: &[Version], runtimes: &[Runtime], rows: &'static [Row]) -> 
     conclusion.exit_code()
 }
 
-fn wanted(variable: &str, name: &str) -> bool {
-    std::env::var(variable).map_or(true, |list| list.split(',').any(|entry| entry.trim() == name))
+/// The list in `variable`. None: it is not set.
+fn named(variable: &str) -> Option<Vec<String>> {
+    let list = std::env::var(variable).ok()?;
+    Some(list.split(',').map(|entry| entry.trim().to_owned()).collect())
+}
+
+fn wanted(named: Option<&[String]>, name: &str) -> bool {
+    named.is_none_or(|named| named.iter().any(|entry| entry == name))
 }
 
 fn trial(name: String, test: impl FnOnce() -> Result<()> + Send + 'static) -> Trial {

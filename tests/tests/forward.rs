@@ -16,7 +16,7 @@ use bulkhead_tests::faults::{self, Part};
 use bulkhead_tests::image::hex;
 use bulkhead_tests::network::fetch;
 use bulkhead_tests::pod::{Pod, PodSpec};
-use bulkhead_tests::row::{Context, Row, Runtime};
+use bulkhead_tests::row::{ALL, BULKHEAD, Context, Row};
 use bulkhead_tests::suite;
 use bulkhead_tests::terminal::Terminal;
 use bulkhead_tests::tools::Version;
@@ -32,13 +32,13 @@ const ROWS: &[Row] = &[
     Row::alone("port-forward works after a restart of containerd", after_restart),
     // With runc, containerd's own socket waits in the namespace for an answer that a loopback taken down never gives.
     Row::alone("a pod stopped under an open port-forward leaves no network namespace", stopped_while_open)
-        .only(&[Runtime::Bulkhead]),
+        .only(BULKHEAD),
     Row::alone("when the shim is killed, nothing steers the loopback and no network namespace is left", shim_killed)
-        .only(&[Runtime::Bulkhead]),
+        .only(BULKHEAD),
 ];
 
 fn main() -> ExitCode {
-    suite::run(&[Version::V1_6, Version::V1_7, Version::V2_4], &[Runtime::Runc, Runtime::Bulkhead], ROWS)
+    suite::run(&[Version::V1_6, Version::V2_4], ALL, ROWS)
 }
 
 const SOON: Duration = Duration::from_secs(20);

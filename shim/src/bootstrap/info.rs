@@ -12,7 +12,7 @@ use containerd_shim_protos::protobuf::{Message, MessageField};
 use containerd_shim_protos::types::introspection::{RuntimeInfo, RuntimeVersion};
 use serde_json::json;
 
-use super::RUNTIME_NAME;
+use crate::RUNTIME_NAME;
 
 const FEATURES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
 

@@ -29,9 +29,6 @@ use anyhow::Context;
 use flags::{Action, Flags};
 pub use serve::ServeConfig;
 
-/// Name of the runtime, as containerd's configuration spells it.
-pub const RUNTIME_NAME: &str = "io.containerd.bulkhead.v2";
-
 /// The whole program.
 ///
 /// `serve` is run, on a runtime, in the process that is a pod's server. `teardown` gets the directory of a sandbox's run state

@@ -17,6 +17,7 @@ pub mod spec;
 pub mod state;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use bulkhead_proto::agent;
@@ -86,7 +87,7 @@ pub struct Deleted {
 }
 
 /// A sandbox of the sandbox API as its status tells it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SandboxStatus {
     /// Host pid that stands for the pod: namespace paths of its containers name it.
     pub pid: u32,
@@ -96,6 +97,8 @@ pub struct SandboxStatus {
     pub created_at: SystemTime,
     /// Set once nothing of it is left on the host.
     pub exit: Option<Exit>,
+    /// See [`spec::SandboxSpec::to_oci`].
+    pub oci_spec: Arc<Value>,
 }
 
 type Reply<T> = oneshot::Sender<Result<T>>;

@@ -20,6 +20,9 @@ use crate::storage::etc::Etc;
 /// Size of the pod's /dev/shm, as containerd makes it.
 pub const SHM_BYTES: u64 = 64 << 20;
 
+/// The version of the OCI spec whose words [`SandboxSpec::to_oci`] uses.
+const OCI_VERSION: &str = "1.1.0";
+
 /// A sandbox as it is asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SandboxSpec {
@@ -79,6 +82,22 @@ impl SandboxSpec {
             oom_score_adj: oom_score_adj(&task.spec),
             shm_bytes: SHM_BYTES,
             etc: None,
+        })
+    }
+
+    /// The pod in the words of the OCI spec that a pause container would have, for those who inspect it: where its network
+    /// namespace and its cgroup are found on the host, and what it was asked to be.
+    pub fn to_oci(&self) -> Value {
+        let network = self.netns.iter().map(|path| json!({"type": "network", "path": path}));
+        json!({
+            "ociVersion": OCI_VERSION,
+            "hostname": self.hostname,
+            "annotations": self.annotations,
+            "linux": {
+                "cgroupsPath": self.cgroups_path,
+                "sysctl": self.sysctls,
+                "namespaces": network.collect::<Vec<_>>(),
+            }
         })
     }
 }
@@ -155,6 +174,24 @@ mod tests {
         let spec = json!({"ociVersion": "1.1.0", "linux": {"namespaces": [{"type": "network"}, {"type": "ipc"}]}});
         assert_eq!(SandboxSpec::of_task(&task(spec.clone()), Role::Single).expect("reads").hostname, "web");
         assert_eq!(SandboxSpec::of_task(&task(spec), Role::Sandbox).expect("reads").hostname, "");
+    }
+
+    #[test]
+    fn a_pod_is_told_again_in_the_words_that_it_came_in() {
+        let network = json!({"type": "network", "path": "/var/run/netns/x"});
+        let told = json!({
+            "ociVersion": "1.1.0",
+            "hostname": "web",
+            "annotations": {"a": "b"},
+            "linux": {
+                "cgroupsPath": "/kubepods/pod1/web",
+                "sysctl": {"net.ipv4.ip_unprivileged_port_start": "0"},
+                "namespaces": [network]
+            }
+        });
+        let mut asked = told.clone();
+        asked["linux"]["namespaces"] = json!([network, {"type": "ipc"}]);
+        assert_eq!(SandboxSpec::of_task(&task(asked), Role::Sandbox).expect("reads").to_oci(), told);
     }
 
     #[test]

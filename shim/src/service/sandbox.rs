@@ -14,13 +14,15 @@ use containerd_shim_protos::sandbox_api as api;
 use containerd_shim_protos::sandbox_async::{Sandbox, create_sandbox};
 use containerd_shim_protos::ttrpc::r#async::{MethodHandler, Service, TtrpcContext};
 use containerd_shim_protos::ttrpc::{self, Result as TtrpcResult};
+use serde_json::json;
 
 use super::{convert, cri, serve};
+use crate::RUNTIME_NAME;
 use crate::container::{ContainerId, ProcessId};
 use crate::error::{Error, Kind, Result, WithKind};
 use crate::metrics;
-use crate::sandbox::SandboxHandle;
 use crate::sandbox::boot::SandboxIdentity;
+use crate::sandbox::{SandboxHandle, SandboxStatus};
 
 const SERVICE: &str = "containerd.runtime.sandbox.v1.Sandbox";
 
@@ -80,14 +82,16 @@ impl SandboxService {
         Ok(api::StartSandboxResponse { pid, created_at, ..Default::default() })
     }
 
-    async fn status(&self, id: &str) -> Result<api::SandboxStatusResponse> {
+    async fn status(&self, id: &str, verbose: bool) -> Result<api::SandboxStatusResponse> {
         let status = self.sandbox.status(self.known(id)?).await?;
+        let info = if verbose { info(&status) } else { HashMap::new() };
         Ok(api::SandboxStatusResponse {
             sandbox_id: id.to_owned(),
             pid: status.pid,
             state: if status.ready { READY } else { NOT_READY }.to_owned(),
             created_at: MessageField::some(convert::timestamp(status.created_at)),
             exited_at: status.exit.map(|exit| convert::timestamp(exit.at)).into(),
+            info,
             ..Default::default()
         })
     }
@@ -185,7 +189,7 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         request: api::SandboxStatusRequest,
     ) -> TtrpcResult<api::SandboxStatusResponse> {
-        serve("SandboxStatus", &request.sandbox_id, "", self.status(&request.sandbox_id)).await
+        serve("SandboxStatus", &request.sandbox_id, "", self.status(&request.sandbox_id, request.verbose)).await
     }
 
     async fn ping_sandbox(&self, _: &TtrpcContext, request: api::PingRequest) -> TtrpcResult<api::PingResponse> {
@@ -236,6 +240,19 @@ impl MethodHandler for UpdateSandbox {
         response.set_status(status);
         Ok(response)
     }
+}
+
+/// What a verbose status adds, under the key and in the fields that containerd's CRI tells of a pod with a pause container:
+/// it reads them and writes them anew, and would drop any others. `crictl inspectp` shows them.
+/// <https://github.com/containerd/containerd/blob/main/internal/cri/server/podsandbox/types/sandbox_info.go>
+fn info(status: &SandboxStatus) -> HashMap<String, String> {
+    let told = json!({
+        "pid": status.pid,
+        "processStatus": if status.ready { "running" } else { "stopped" },
+        "runtimeType": RUNTIME_NAME,
+        "runtimeSpec": &*status.oci_spec,
+    });
+    HashMap::from([("info".to_owned(), told.to_string())])
 }
 
 /// The architecture as Go names it: guest and node have the same.

@@ -89,7 +89,10 @@ impl Driver {
             return answer(reply, Err(Error::failed_precondition(error)));
         }
         match Container::new(Role::Sandbox, Door::SandboxApi, PathBuf::new(), StdioPaths::default()) {
-            Ok(entry) => self.containers.insert(spec.id.clone(), entry),
+            Ok(entry) => {
+                let entry = Container { oci_spec: Arc::new(spec.to_oci()), ..entry };
+                self.containers.insert(spec.id.clone(), entry)
+            }
             Err(error) => return answer(reply, Err(error)),
         };
         self.boot(spec, None, reply);

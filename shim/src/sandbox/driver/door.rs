@@ -1,5 +1,6 @@
 //! What only the sandbox API asks: status, and the pod's end, in one call each. Its new limits: `limits`.
 
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use tokio::sync::watch;
@@ -25,6 +26,7 @@ impl Driver {
             ready: self.state == State::Ready && sandbox.init.phase() == Phase::Running,
             created_at: sandbox.created_at,
             exit: sandbox.init.exit(),
+            oci_spec: Arc::clone(&sandbox.oci_spec),
         })
     }
 

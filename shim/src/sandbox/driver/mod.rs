@@ -14,6 +14,7 @@ mod stop;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use bulkhead_proto::agent;
@@ -56,6 +57,8 @@ struct Container {
     storage: Option<ContainerStorage>,
     /// The last sample.
     stats: Option<agent::Stats>,
+    /// For [`Door::SandboxApi`], the pod as OCI would put it.
+    oci_spec: Arc<Value>,
 }
 
 /// How containerd knows a container or sandbox.
@@ -83,6 +86,7 @@ impl Container {
             stage: Stage::Creating,
             storage: None,
             stats: None,
+            oci_spec: Arc::default(),
         })
     }
 }
