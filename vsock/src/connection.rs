@@ -12,11 +12,7 @@ use std::os::unix::net::UnixStream;
 use crate::packet::{HOST_CID, Header, STREAM, op, shutdown};
 
 /// Receive buffer of a connection in bytes, as it is told to the guest.
-pub const BUFFER: u32 = 512 * 1024;
-
-/// So much has to be taken out of the buffer before the guest is told without having asked: often enough that it never runs
-/// dry, seldom enough that it costs nothing.
-const UPDATE: u32 = BUFFER / 2;
+pub const BUFFER: u32 = 1024 * 1024;
 
 /// A connection is named by its ports: `(guest's, host's)`.
 pub type Ports = (u32, u32);
@@ -128,9 +124,12 @@ impl Connection {
         self.readable && !self.host_is_done && self.credit() > 0
     }
 
-    /// The guest has used up enough of its credit that it should hear of what was passed on since.
+    /// The guest has used up enough of its credit that it should hear of what was passed on since: often enough that it never
+    /// runs dry, seldom enough that it costs nothing.
+    ///
+    /// Newer kernels of guests send no more ahead than they would hold themselves, however much we do.
     pub fn owes_update(&self) -> bool {
-        self.passed_on.wrapping_sub(self.told) >= UPDATE
+        self.passed_on.wrapping_sub(self.told) >= BUFFER.min(self.peer_buf_alloc).div_ceil(2)
     }
 
     /// Passes `bytes` of the guest's on, or keeps what the host's reader does not take yet.
@@ -297,6 +296,16 @@ mod tests {
         assert!(connection.owes_update());
         assert_eq!(connection.header(op::CREDIT_UPDATE, 0, 0).fwd_cnt, BUFFER);
         assert!(!connection.owes_update());
+    }
+
+    #[test]
+    fn a_guest_that_would_hold_little_itself_hears_sooner() {
+        let (mut connection, _host) = pair();
+        // The most that such a guest sends before it hears of what was passed on.
+        let least = BUFFER / 8;
+        connection.learn_credit(&Header { buf_alloc: least, ..REQUEST });
+        assert_eq!(connection.accept(&vec![0; least as usize]), Fate::Kept);
+        assert!(connection.owes_update());
     }
 
     #[test]

@@ -26,7 +26,8 @@ impl Channel {
         sys::watch(stream.into(), Interest::READABLE | Interest::WRITABLE).map(Self)
     }
 
-    /// Lets the host send ahead as much as a process's pipe holds, so that both are filled and emptied in few turns.
+    /// Lets each side send ahead as much as a process's pipe holds, so that both are filled and emptied in few turns. It is
+    /// for sending as well: the kernel sends no more than it would hold itself.
     pub fn widen(&self) -> io::Result<()> {
         sys::set_vsock_buffer(self.fd().as_fd(), PIPE_BYTES as u64)
     }
@@ -44,6 +45,11 @@ impl Channel {
     /// Waits until there may be something to read. Only what was tried in vain may be waited for.
     pub async fn readable(&self) -> io::Result<()> {
         self.0.readable().await.map(|mut ready| ready.clear_ready())
+    }
+
+    /// Has [`readable`](Self::readable) wait for so many bytes, or for the connection's end.
+    pub fn wait_for(&self, bytes: usize) -> io::Result<()> {
+        sys::set_receive_low_water(self.fd().as_fd(), bytes as i32)
     }
 
     /// Waits until there may be room. Only what was tried in vain may be waited for.

@@ -19,8 +19,9 @@ use crate::link::Host;
 
 /// Bytes for a pty that are received at once.
 const CHUNK: usize = 4096;
-/// Bytes that are moved into a pipe at once: the kernel takes pages for as many as it is asked for before it looks.
-const AT_ONCE: usize = 128 * 1024;
+/// Bytes that are waited for and moved into a pipe at once, if a frame has as many: so the process is woken for a burst, and
+/// not for each packet. The kernel takes pages for as many as it is asked for before it looks.
+const BURST: usize = 512 * 1024;
 
 /// The input of one process.
 pub struct Input {
@@ -79,22 +80,32 @@ impl Input {
 
     /// Has the kernel move `left` bytes from the connection to the pipe. False: nobody reads any more.
     async fn splice(&self, channel: &Channel, mut left: usize) -> io::Result<bool> {
+        let mut awaited = 1;
         while left > 0 {
             coop::consume_budget().await;
-            let most = left.min(AT_ONCE);
+            let most = left.min(BURST);
             match rustix::pipe::splice(channel.fd(), None, self.fd.get_ref(), None, most, SpliceFlags::NONBLOCK) {
                 Ok(0) => return Err(cut_off()),
                 Ok(count) => left -= count,
                 Err(Errno::PIPE) => return Ok(false),
                 Err(Errno::AGAIN) if !is(self.fd.get_ref(), PollFlags::OUT)? => self.fd.writable().await?.clear_ready(),
-                Err(Errno::AGAIN) if !channel.is(PollFlags::IN)? => tokio::select! {
-                    waited = channel.readable() => waited?,
-                    () = self.closed() => return Ok(false),
-                },
+                Err(Errno::AGAIN) if !channel.is(PollFlags::IN)? => {
+                    if awaited != left.min(BURST) {
+                        awaited = left.min(BURST);
+                        channel.wait_for(awaited)?;
+                    }
+                    tokio::select! {
+                        waited = channel.readable() => waited?,
+                        () = self.closed() => return Ok(false),
+                    }
+                }
                 // What was in the way is gone.
                 Err(Errno::AGAIN | Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }
+        }
+        if awaited != 1 {
+            channel.wait_for(1)?;
         }
         Ok(true)
     }

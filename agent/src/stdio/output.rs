@@ -80,6 +80,9 @@ impl Output {
     /// Sends everything until the end of the output, or until abandoned and nothing settled is left.
     pub async fn pump(&self, host: &Host, token: Token, abandon: &CancellationToken) -> io::Result<()> {
         let channel = Channel::new(host.dial(Kind::Stream, token).await?)?;
+        if self.is_pipe {
+            channel.widen()?;
+        }
         loop {
             let frame = tokio::select! {
                 biased;
