@@ -210,7 +210,8 @@ impl Parts {
         vm.into_iter().chain(self.share.as_ref().map(Share::child)).chain(helper)
     }
 
-    /// Removes what is there. The guest first, if it still lives; then QEMU, which all the others serve; then the rest.
+    /// Removes what is there: the guest first, if it still lives; then QEMU, and beside it what does not serve it; then the
+    /// rest.
     async fn tear_down(mut self, farewell: Farewell) {
         if let (Some(guest), Some(vm), Farewell::Asked) = (&self.guest, &self.vm, farewell) {
             // The agent ends the containers and syncs before it answers, so nothing is lost when QEMU goes right after.
@@ -221,24 +222,20 @@ impl Parts {
                 Err(error) => tracing::warn!(%error, "the guest did not shut down and is killed"),
             }
         }
-        if let Some(vm) = self.vm.take()
-            && let Err(error) = vm.kill().await
-        {
-            tracing::error!(%error, "QEMU is left");
-        }
-        let forward = end_forward(self.forward.take()).await;
+        let (vm, forward, network) = tokio::join!(
+            end_vm(self.vm.take()),
+            end_forward(self.forward.take()),
+            end_network(self.network.take())
+        );
+        // Before the helper goes, or it would be told that the connection broke.
         if let Some(task) = self.guest_task.take() {
             task.close().await;
         }
-        let (transport, share, network) = tokio::join!(
-            end_transport(self.transport.take()),
-            end_share(self.share.take()),
-            end_network(self.network.take())
-        );
+        let (transport, share) = tokio::join!(end_transport(self.transport.take()), end_share(self.share.take()));
         if let Some(task) = self.listener_task.take() {
             task.close().await;
         }
-        let mut failed: Vec<String> = [forward, transport, share, network].into_iter().flatten().collect();
+        let mut failed: Vec<String> = [vm, forward, transport, share, network].into_iter().flatten().collect();
         if let Some(cgroup) = self.cgroup.take()
             && let Err(error) = cgroup.remove().await
         {
@@ -255,6 +252,11 @@ impl Parts {
             (false, _) => tracing::error!(error = failed.join("; "), "teardown is incomplete; delete will try again"),
         }
     }
+}
+
+async fn end_vm(vm: Option<Vm>) -> Option<String> {
+    let vm = vm?;
+    vm.kill().await.err().map(|error| format!("QEMU: {error}"))
 }
 
 async fn end_forward(forward: Option<Forward>) -> Option<String> {
