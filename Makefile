@@ -40,7 +40,7 @@ test-all: ## every test, and its table with every containerd that is supported
 test-kvm: guest ## the core of the tests inside a node with KVM, vhost and pure cgroup v2
 	tools/test-kvm.sh
 
-critest: guest ## the CRI's conformance suite, with runc and with Bulkhead (FOCUS=regex picks specs)
+critest: guest ## the CRI's conformance suite, with runc and both doors of Bulkhead (FOCUS=regex picks specs)
 	cargo run --locked --release -p bulkhead-tests --bin critest -- "$(FOCUS)"
 
 check: lint ## what must pass before a change lands: format, lints, dependencies, unit tests

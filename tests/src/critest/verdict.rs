@@ -69,6 +69,17 @@ pub fn differences(names: (&str, &str), reports: (&Report, &Report)) -> String {
     text
 }
 
+/// The numbers of several runtimes' reports side by side, one line for each below a heading.
+pub fn counts(reports: &[(&str, &Report)]) -> String {
+    let mut text = format!("{:<16} {:>7} {:>7} {:>7}\n", "critest", "passed", "failed", "skipped");
+    for (name, report) in reports {
+        let (passed, failed, skipped) = report.counts();
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "{name:<16} {passed:>7} {failed:>7} {skipped:>7}");
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -103,6 +114,18 @@ mod tests {
     fn without_a_measure_every_failure_is_ours() {
         let ours = report(&[("a", failed())]);
         assert!(findings(&ours, None)[0].ours);
+    }
+
+    #[test]
+    fn counts_stand_side_by_side() {
+        let one = report(&[("a", Outcome::Passed), ("b", Outcome::Passed)]);
+        let other = report(&[("a", failed()), ("b", Outcome::Skipped(String::new()))]);
+        assert_eq!(
+            counts(&[("runc", &one), ("bulkhead-sandbox", &other)]),
+            "critest           passed  failed skipped\n\
+             runc                   2       0       0\n\
+             bulkhead-sandbox       0       1       1\n"
+        );
     }
 
     #[test]
