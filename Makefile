@@ -6,10 +6,10 @@ TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 export BULKHEAD_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/bulkhead
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build guest install dist demo test test-all test-kvm critest check fmt lint bench clean
+.PHONY: help setup build guest install dist demo test test-all test-kvm critest critest-sample check fmt lint bench clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## install what building and testing takes (Debian 12+ or Ubuntu, as root)
 	tools/setup.sh
@@ -42,6 +42,9 @@ test-kvm: guest ## the core of the tests inside a node with KVM, vhost and pure 
 
 critest: guest ## the CRI's conformance suite, with runc and both doors of Bulkhead (FOCUS=regex picks specs)
 	cargo run --locked --release -p bulkhead-tests --bin critest -- "$(FOCUS)"
+
+critest-sample: guest ## two dozen specs of critest, with both doors of Bulkhead
+	BULKHEAD_TEST_RUNTIMES=bulkhead,bulkhead-sandbox cargo run --locked --release -p bulkhead-tests --bin critest -- --sample
 
 check: lint ## what must pass before a change lands: format, lints, dependencies, unit tests
 	tools/deny.sh

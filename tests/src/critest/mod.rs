@@ -5,6 +5,7 @@
 
 pub mod image;
 pub mod report;
+pub mod sample;
 pub mod verdict;
 
 use std::collections::BTreeSet;
