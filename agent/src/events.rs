@@ -1,7 +1,7 @@
 //! Everything that happens in the guest, in order, kept until the shim has seen it.
 //!
-//! Numbered events (exits, OOMs) are kept and repeated after a reconnect; statistics and heartbeats are not. A statistics
-//! sample is delivered before any numbered event that was appended after it.
+//! Numbered events (exits, OOMs) are kept and repeated after a reconnect, until what they tell of is deleted; statistics and
+//! heartbeats are not. A statistics sample is delivered before any numbered event that was appended after it.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -74,6 +74,20 @@ impl Events {
         log.kept.push_back(Event { seq, event: Some(event) });
         drop(log);
         self.changed.notify_waiters();
+    }
+
+    /// Drops what was told of an exec, or of a container and all its execs if `exec_id` is empty.
+    ///
+    /// Whoever deletes a process has seen its exit, or will not ask for it: without this a pod that is never reconnected
+    /// would keep the exit of every exec that it ever had.
+    pub fn forget(&self, container_id: &str, exec_id: &str) {
+        self.log().kept.retain(|event| match &event.event {
+            Some(event::Event::Exit(exit)) => {
+                exit.container_id != container_id || !(exec_id.is_empty() || exit.exec_id == exec_id)
+            }
+            Some(event::Event::Oom(oom)) => oom.container_id != container_id || !exec_id.is_empty(),
+            _ => true,
+        });
     }
 
     /// Reads everything after `seq`, then what comes; forgets what was seen.
@@ -175,6 +189,21 @@ mod tests {
         let mut past = events.read(1);
         assert_eq!(next_numbered(&mut past).await.seq, 2);
         assert_eq!(events.log().kept.len(), 1);
+    }
+
+    #[tokio::test]
+    async fn events_of_what_was_deleted_are_forgotten_and_the_others_are_not() {
+        let events = Arc::new(Events::default());
+        for (container_id, exec_id) in [("a", "one"), ("a", "two"), ("b", "one"), ("a", "")] {
+            events.exit(Exit { container_id: container_id.into(), exec_id: exec_id.into(), ..Exit::default() });
+        }
+        events.oom("a");
+        let seqs = || events.log().kept.iter().map(|event| event.seq).collect::<Vec<_>>();
+        events.forget("a", "one");
+        assert_eq!(seqs(), [2, 3, 4, 5]);
+        events.forget("a", "");
+        assert_eq!(seqs(), [3]);
+        assert_eq!(next_numbered(&mut events.read(0)).await.seq, 3);
     }
 
     #[tokio::test]

@@ -269,12 +269,14 @@ impl Pod {
         self.job(async move {
             if !exec_id.is_empty() {
                 container.delete_exec(&exec_id).await?;
+                pod.services.events.forget(&container.id, &exec_id);
                 if let Some(slot) = pod.slots().get_mut(&container.id) {
                     slot.execs.remove(&exec_id);
                 }
                 return Ok(());
             }
             container.delete().await?;
+            pod.services.events.forget(&container.id, "");
             pod.slots().remove(&container.id);
             Ok(())
         })
