@@ -482,7 +482,7 @@ fn prepare_process(spec: &mut Spec, rootfs: &Path) -> Result<()> {
 /// Removes what a container consists of outside of its processes; safe to repeat. Blocks.
 fn clean_up(id: &str, directory: &Path, mut rootfs: Stack) -> Result<()> {
     let cgroup = Cgroup::create(id).and_then(|cgroup| cgroup.remove());
-    let unmounted = rootfs.unmount();
+    let unmounted = rootfs.unmount().and(mount::leave_share(id));
     for directory in [&Path::new(STATE).join(id), directory] {
         match fs::remove_dir_all(directory) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {

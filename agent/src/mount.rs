@@ -123,6 +123,25 @@ pub fn shared(path: &str) -> Result<PathBuf> {
     Ok(Path::new(SHARE).join(below))
 }
 
+/// Unmounts what the kernel has mounted by itself for the container `id` below the share. Blocks.
+///
+/// Whatever the host mounts there is announced as a file system of its own, and mounted when a path first leads into it. It
+/// stays until the kernel looks the path up again and finds it gone, which nobody makes it do: each container would leave a
+/// mount in the guest, and on the host its rootfs in use by virtiofsd, until the pod ends.
+/// <https://docs.kernel.org/filesystems/virtiofs.html>, `announce_submounts` of virtiofsd.
+pub fn leave_share(id: &str) -> Result<()> {
+    let table = fs::read_to_string("/proc/self/mountinfo").during(|| "read the mount table")?;
+    entered(&table, id).iter().map(|target| unmount(target)).fold(Ok(()), Result::and)
+}
+
+/// Mount points of a mount table right below a container's directory in the share, the latest first; what lies deeper goes
+/// with them.
+fn entered(table: &str, id: &str) -> Vec<PathBuf> {
+    let directory = Path::new(SHARE).join(id);
+    let points = table.lines().rev().filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from);
+    points.filter(|point| point.parent() == Some(directory.as_path())).collect()
+}
+
 /// Makes `path` and its parents inside `root` with mode 0755, following links without ever leaving `root`.
 pub fn make_directories(root: &Path, path: &Path) -> io::Result<()> {
     let mut directory = open_directory(root)?;
@@ -254,6 +273,18 @@ mod tests {
         let expected = "lowerdir=/c/l1:/c/l0,upperdir=/c/rw/up,workdir=/c/rw/work,xino=off";
         assert_eq!(placed.expect("placed"), expected);
         assert!(place_layers("lowerdir=/../x", Path::new("/c")).is_err());
+    }
+
+    #[test]
+    fn a_container_leaves_its_own_part_of_the_share() {
+        let table = "20 1 0:2 / / rw - rootfs none rw\n21 20 0:30 / /run/bulkhead/share rw - virtiofs share rw\n\
+             25 21 0:40 / /run/bulkhead/share/c1/rootfs rw - virtiofs share rw\n\
+             26 25 0:41 / /run/bulkhead/share/c1/rootfs/a\\040b rw - virtiofs share rw\n\
+             27 21 0:42 / /run/bulkhead/share/c1/0 rw - virtiofs share rw\n\
+             28 21 0:43 / /run/bulkhead/share/c12/rootfs rw - virtiofs share rw\n\
+             29 20 0:40 / /run/bulkhead/containers/c1/rootfs rw - virtiofs share rw\n";
+        let expected = ["/run/bulkhead/share/c1/0", "/run/bulkhead/share/c1/rootfs"].map(PathBuf::from);
+        assert_eq!(entered(table, "c1"), expected);
     }
 
     #[test]
