@@ -6,7 +6,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
 export BULKHEAD_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/bulkhead
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build guest install dist demo test test-all test-kvm critest critest-sample check fmt lint bench clean
+.PHONY: help setup build guest install dist demo test test-all test-kvm critest critest-sample soak check fmt lint bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,10 @@ critest: guest ## the CRI's conformance suite, with runc and both doors of Bulkh
 
 critest-sample: guest ## two dozen specs of critest, with both doors of Bulkhead
 	BULKHEAD_TEST_RUNTIMES=bulkhead,bulkhead-sandbox cargo run --locked --release -p bulkhead-tests --bin critest -- --sample
+
+soak: guest ## five hundred containers in one pod and fifty pods in a row: nothing may grow
+	BULKHEAD_SOAK_CYCLES=500 BULKHEAD_SOAK_PODS=50 BULKHEAD_TEST_ASSETS=$(TARGET)/guest \
+	  cargo test --locked -p bulkhead-tests --test soak
 
 check: lint ## what must pass before a change lands: format, lints, dependencies, unit tests
 	tools/deny.sh

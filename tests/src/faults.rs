@@ -26,7 +26,7 @@ pub enum Part {
 }
 
 impl Part {
-    fn program(self) -> &'static str {
+    pub(crate) fn program(self) -> &'static str {
         match self {
             Self::Shim => "containerd-shim",
             Self::Qemu => "qemu-system-x86",

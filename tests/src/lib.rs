@@ -30,3 +30,5 @@ pub mod suite;
 pub mod task;
 pub mod terminal;
 pub mod tools;
+pub mod trend;
+pub mod usage;
