@@ -21,6 +21,7 @@ pub mod floor;
 pub mod grpc;
 pub mod image;
 pub mod leaks;
+pub mod mounts;
 pub mod network;
 pub mod overhead;
 pub mod pod;

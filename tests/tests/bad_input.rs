@@ -10,10 +10,12 @@ use bulkhead_tests::command::Run;
 use bulkhead_tests::config::Bulkhead;
 use bulkhead_tests::container::ContainerSpec;
 use bulkhead_tests::floor;
+use bulkhead_tests::mounts::{HostMount, propagation};
 use bulkhead_tests::pod::{self, PodSpec, namespace_mode};
 use bulkhead_tests::row::{BULKHEAD, Context, Row};
 use bulkhead_tests::suite;
 use bulkhead_tests::tools::Version;
+use serde_json::json;
 
 const ROWS: &[Row] = &[
     Row::alone("accel = kvm without hardware virtualisation", no_kvm),
@@ -38,6 +40,7 @@ const ROWS: &[Row] = &[
     Row::alone("a pod in the host's network", host_network),
     Row::alone("a pod in the host's IPC namespace", host_ipc),
     Row::in_pod("a mount source that has gone", missing_mount_source),
+    Row::in_pod("a mount that is to carry mounts back to the host", bidirectional_mount),
     Row::alone("a spec that cannot be read", unreadable_spec),
     Row::alone("a command line that makes no sense", bad_command_line),
     Row::alone("after all that, a pod starts as ever", still_works),
@@ -210,6 +213,16 @@ fn missing_mount_source(context: &Context, pod: &pod::Pod) -> Result<()> {
     fs::remove_dir(&directory)?;
     let said = container.try_start()?.failure()?;
     check_sentence(&said, &[&directory.display().to_string()])?;
+    container.remove()
+}
+
+fn bidirectional_mount(context: &Context, pod: &pod::Pod) -> Result<()> {
+    let directory = context.scratch.join("data");
+    let _base = HostMount::shared_tmpfs(&directory)?;
+    let mount = json!({"host_path": directory, "container_path": "/data", "propagation": propagation::BIDIRECTIONAL});
+    let container = pod.create(ContainerSpec::idle().push("mounts", mount))?;
+    let said = container.try_start()?.failure()?;
+    check_sentence(&said, &["mount at", "/data", "propagation rshared", "Bidirectional", "accepted are", "rslave"])?;
     container.remove()
 }
 

@@ -2,13 +2,13 @@
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr, TcpListener};
-use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use bulkhead_tests::command::wait_for;
 use bulkhead_tests::container::{ContainerSpec, text_of};
+use bulkhead_tests::mounts::{HostMount, propagation};
 use bulkhead_tests::network::{self, MTU};
 use bulkhead_tests::pod::{Pod, PodSpec, namespace_mode};
 use bulkhead_tests::row::{ALL, BULKHEAD, Context, Row};
@@ -539,24 +539,6 @@ fn bind_read_only(context: &Context, pod: &Pod) -> Result<()> {
     Ok(())
 }
 
-/// A mount of the host, undone with it.
-struct HostMount(PathBuf);
-
-impl HostMount {
-    fn tmpfs(path: &Path) -> Result<Self> {
-        fs::create_dir(path)?;
-        nix::mount::mount(Some("none"), path, Some("tmpfs"), nix::mount::MsFlags::empty(), None::<&str>)?;
-        Ok(Self(path.to_owned()))
-    }
-}
-
-impl Drop for HostMount {
-    fn drop(&mut self) {
-        // What stays is found by the leak check.
-        let _ = nix::mount::umount2(&self.0, nix::mount::MntFlags::MNT_DETACH);
-    }
-}
-
 fn read_only_recursive(context: &Context, pod: &Pod) -> Result<()> {
     let directory = context.scratch.join("data");
     fs::create_dir(&directory)?;
@@ -573,35 +555,23 @@ fn read_only_recursive(context: &Context, pod: &Pod) -> Result<()> {
 
 fn propagation(context: &Context, pod: &Pod) -> Result<()> {
     let directory = context.scratch.join("data");
-    let base = HostMount::tmpfs(&directory)?;
-    nix::mount::mount(None::<&str>, &base.0, None::<&str>, nix::mount::MsFlags::MS_SHARED, None::<&str>)?;
+    let _base = HostMount::shared_tmpfs(&directory)?;
     fs::create_dir(directory.join("later"))?;
-    // `MountPropagation` of the CRI's api.proto.
-    let (private, from_host, both_ways) = (0, 1, 2);
     let start = |propagation: i32| {
         let mount = json!({"host_path": directory, "container_path": "/data", "propagation": propagation});
         pod.run(ContainerSpec::idle().push("mounts", mount))
     };
-    let (closed, open, shared) = (start(private)?, start(from_host)?, start(both_ways)?);
-    nix::mount::mount(
-        Some("none"),
-        &directory.join("later"),
-        Some("tmpfs"),
-        nix::mount::MsFlags::empty(),
-        None::<&str>,
-    )?;
-    let later = HostMount(directory.join("later"));
+    let (closed, open) = (start(propagation::PRIVATE)?, start(propagation::HOST_TO_CONTAINER)?);
+    let later = HostMount::tmpfs(&directory.join("later"))?;
     fs::write(directory.join("later/flag"), "")?;
-    for container in [&open, &shared] {
-        ensure!(container.shell("ls /data/later")? == "flag", "a mount of the host did not arrive");
-    }
+    ensure!(open.shell("ls /data/later")? == "flag", "a mount of the host did not arrive");
     ensure!(closed.shell("ls /data/later")?.is_empty(), "a mount of the host arrived where it was not asked for");
     drop(later);
     wait_for("the unmount to arrive", SOON, || {
         ensure!(open.shell("ls /data/later")?.is_empty(), "it is still seen");
         Ok(())
     })?;
-    for container in [closed, open, shared] {
+    for container in [closed, open] {
         container.remove_by_force()?;
     }
     Ok(())

@@ -222,11 +222,8 @@ impl Parts {
                 Err(error) => tracing::warn!(%error, "the guest did not shut down and is killed"),
             }
         }
-        let (vm, forward, network) = tokio::join!(
-            end_vm(self.vm.take()),
-            end_forward(self.forward.take()),
-            end_network(self.network.take())
-        );
+        let (vm, forward, network) =
+            tokio::join!(end_vm(self.vm.take()), end_forward(self.forward.take()), end_network(self.network.take()));
         // Before the helper goes, or it would be told that the connection broke.
         if let Some(task) = self.guest_task.take() {
             task.close().await;

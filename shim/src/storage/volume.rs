@@ -230,10 +230,13 @@ fn plan_mount(mount: &SpecMount, owner: Owner<'_>, plan: &mut VolumePlan) -> Res
     if ["/proc", "/sys", "/dev"].iter().any(|kernel| source.starts_with(kernel)) {
         return Err(refusal(&source, &destination));
     }
-    if mount.has("rshared") || mount.has("shared") {
-        plan.notes.push(format!("mount at {destination}: mounts made in the guest do not reach the host"));
+    if let Some(shared) = ["rshared", "shared"].into_iter().find(|option| mount.has(option)) {
+        return Err(Error::invalid(format!(
+            "mount at {destination:?}: propagation {shared} (Bidirectional) cannot be had, accepted are rprivate (None) and \
+             rslave (HostToContainer): mounts made in a virtual machine do not reach the host"
+        )));
     }
-    let slave = ["slave", "rslave", "shared", "rshared"].iter().any(|option| mount.has(option));
+    let slave = ["slave", "rslave"].iter().any(|option| mount.has(option));
     let bind = Bind {
         index: plan.binds.len(),
         destination,
