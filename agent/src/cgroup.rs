@@ -14,6 +14,7 @@ use nix::errno::Errno;
 use oci_spec::runtime::LinuxResources;
 
 use crate::error::{During, Error, Result};
+use crate::idmap::Owner;
 use crate::{filter, limits, sys};
 
 /// Where cgroup v2 is mounted.
@@ -64,6 +65,16 @@ impl Cgroup {
     /// The one above those of all containers.
     pub fn of_all() -> Self {
         Self { directory: Path::new(MOUNT).join(&PARENT[1..]), changing: Arc::default() }
+    }
+
+    /// Lets `owner` divide it (cgroup v2, "Delegation"): its directory and the files by which that is done are the owner's.
+    pub fn give_to(&self, owner: Owner) -> Result<()> {
+        for file in ["", "cgroup.procs", "cgroup.subtree_control", "cgroup.threads"] {
+            let path = self.directory.join(file);
+            std::os::unix::fs::chown(&path, Some(owner.uid), Some(owner.gid))
+                .during(|| format!("give {} to user {}", path.display(), owner.uid))?;
+        }
+        Ok(())
     }
 
     /// Its directory.

@@ -22,7 +22,7 @@ use crate::pod::Services;
 use crate::process::{Phase, Process};
 use crate::reaper::ExitStatus;
 use crate::runtime::{Exec, Request, Started, create::NOTIFY_FILE};
-use crate::sandbox::{Stages, set_sysctl};
+use crate::sandbox::Stages;
 use crate::spec::{self, Guest, Spec};
 use crate::stdio::{self, Plan, Streams};
 use crate::{metrics, oom, passwd};
@@ -116,8 +116,16 @@ impl Container {
         let mut stages = Stages::start();
         let stdio = Plan::parse(request.stdio)?;
         let rootfs = directory.join("rootfs");
-        let guest = Guest { container_id: &id, rootfs: &rootfs, pid_namespace, terminal: stdio.terminal };
+        let namespaces = services.namespaces();
+        let guest = Guest {
+            container_id: &id,
+            rootfs: &rootfs,
+            pid_namespace,
+            namespaces: namespaces.map(|namespaces| namespaces.directory()),
+            terminal: stdio.terminal,
+        };
         let mut spec = spec::rewrite(&request.spec_json, &guest)?;
+        let owner = services.owner(spec.process.user())?;
 
         fs::create_dir_all(&rootfs).during(|| "create the container's directory")?;
         fs::create_dir_all(STATE).during(|| "create the runtime's directory")?;
@@ -127,25 +135,30 @@ impl Container {
         for path in &spec.shared {
             mount::shared(path)?;
         }
-        for (name, value) in &spec.sysctls {
-            set_sysctl(name, value)?;
+        services.set_sysctls(std::mem::take(&mut spec.sysctls)).await?;
+        find_home(&mut spec, &rootfs);
+        match namespaces {
+            None => make_cwd(&spec, &rootfs)?,
+            Some(namespaces) => namespaces.as_root(|| make_cwd(&spec, &rootfs))??,
         }
-        prepare_process(&mut spec, &rootfs)?;
         let cgroup = Cgroup::create(&id)?;
         cgroup.apply(&spec.resources)?;
         cgroup.filter_devices(&spec.resources)?;
+        if let Some(namespaces) = namespaces.filter(|_| spec.cgroup_writable) {
+            cgroup.give_to(namespaces.ids.root())?;
+        }
         let oom = oom::Watch::new(cgroup.directory())?;
         let config = serde_json::to_vec(&spec.config).during(|| "write config.json")?;
         fs::write(directory.join("config.json"), config).during(|| "write config.json")?;
         stages.done("prepare");
 
-        let user = spec.process.user();
-        let (child, ends) = stdio::open(&stdio, user.uid(), user.gid())?;
+        let (child, ends) = stdio::open(&stdio, owner)?;
         let run = Request::Create {
             id: id.clone(),
             bundle: directory.to_owned(),
             state: PathBuf::from(STATE),
             terminal: stdio.terminal,
+            limits: spec.process.rlimits().clone().unwrap_or_default(),
         };
         let (started, exit) = services.spawn(run, child.0).await.map_err(unable)?;
         stages.done("create");
@@ -204,6 +217,7 @@ impl Container {
         check_id(&request.exec_id)?;
         let stdio = Plan::parse(request.stdio)?;
         let spec = Arc::new(spec::exec_process(&request.process_json, stdio.terminal)?);
+        services.owner(spec.user())?;
         let mut execs = self.execs();
         if let Some(existing) = execs.get(&request.exec_id) {
             if existing.json == request.process_json && existing.process.phase() == Phase::Created {
@@ -243,8 +257,7 @@ impl Container {
         let mut stages = Stages::start();
         self.check_running("exec")?;
         let init_pid = self.init.pid().ok_or_else(|| Error::internal("the init has no pid"))?;
-        let user = spec.user();
-        let (child, ends) = stdio::open(&process.stdio, user.uid(), user.gid())?;
+        let (child, ends) = stdio::open(&process.stdio, services.owner(spec.user())?)?;
         let run = Request::Exec(Box::new(Exec {
             init_pid,
             cgroup: self.cgroup.directory().to_owned(),
@@ -451,8 +464,8 @@ fn unable(error: Error) -> Error {
     error.during("unable to start container process")
 }
 
-/// Fills in what runc takes from the rootfs: `HOME`, and a working directory that exists.
-fn prepare_process(spec: &mut Spec, rootfs: &Path) -> Result<()> {
+/// Fills in what runc takes from the rootfs: `HOME`.
+fn find_home(spec: &mut Spec, rootfs: &Path) {
     let env = spec.process.env().as_deref().unwrap_or_default();
     if !env.iter().any(|entry| entry.strip_prefix("HOME=").is_some_and(|home| !home.is_empty())) {
         let file = mount::read_inside(rootfs, Path::new("/etc/passwd")).unwrap_or_default();
@@ -466,6 +479,10 @@ fn prepare_process(spec: &mut Spec, rootfs: &Path) -> Result<()> {
             env.push(home.into());
         }
     }
+}
+
+/// Makes the working directory, as runc does.
+fn make_cwd(spec: &Spec, rootfs: &Path) -> Result<()> {
     let cwd = spec.process.cwd();
     let made = match spec.mount_of(cwd) {
         None => mount::make_directories(rootfs, cwd),

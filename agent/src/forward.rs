@@ -1,20 +1,23 @@
 //! The guest's end of forwarded connections: dials a port of the pod's loopback for a client of the host.
 //!
-//! The agent lives in the pod's network namespace, so its loopback is the one that the containers listen on. Once a port
+//! The agent lives in the pod's network namespace, or enters it for the dial: its loopback is the one that the containers
+//! listen on. Once a port
 //! has answered, a task of its own dials the host's two streams and carries the bytes (`bulkhead_proto::bridge`).
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bulkhead_proto::agent as api;
 use bulkhead_proto::bridge::{arm, bridge};
 use bulkhead_proto::wire::{Kind, Token};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::sync::Semaphore;
 
 use crate::error::{During, Error, Result};
 use crate::link::Host;
+use crate::namespaces::Namespaces;
 use crate::pod::Services;
 
 /// Connections at a time. The shim has the same limit; this one holds when the shim has lost count.
@@ -51,7 +54,7 @@ pub async fn open(services: &Services, request: &api::ForwardRequest) -> Result<
     let plan = Plan::parse(request)?;
     let full = || Error::exhausted(format!("{CONNECTIONS} connections are forwarded already"));
     let place = PLACES.try_acquire().map_err(|_| full())?;
-    let socket = dial(plan.port).await?;
+    let socket = dial(plan.port, services.namespaces()).await?;
     arm(&socket).during(|| "set up a forwarded connection")?;
     let (host, cancel) = (services.host.clone(), services.cancel.clone());
     services.tracker.spawn(async move {
@@ -76,11 +79,11 @@ async fn carry(host: &Host, plan: Plan, socket: TcpStream) {
 }
 
 /// Connects to the port on 127.0.0.1, or else on ::1, as containerd does in a pod of runc's.
-async fn dial(port: u16) -> Result<TcpStream> {
+async fn dial(port: u16, namespaces: Option<&Arc<Namespaces>>) -> Result<TcpStream> {
     let mut refused = true;
     let mut told = Vec::new();
     for address in [SocketAddr::from((Ipv4Addr::LOCALHOST, port)), SocketAddr::from((Ipv6Addr::LOCALHOST, port))] {
-        let error = match tokio::time::timeout(DIAL, TcpStream::connect(address)).await {
+        let error = match tokio::time::timeout(DIAL, connect(address, namespaces)).await {
             // A port of the range that the kernel takes source ports from can be dialled from itself.
             Ok(Ok(socket)) if socket.local_addr().ok() == socket.peer_addr().ok() => {
                 io::ErrorKind::ConnectionRefused.into()
@@ -97,6 +100,16 @@ async fn dial(port: u16) -> Result<TcpStream> {
         return Err(Error::precondition(format!("nothing listens on port {port} of the pod's loopback")));
     }
     Err(Error::internal(format!("dial the pod's loopback: {}", told.join("; "))))
+}
+
+/// A socket is of the network namespace that its maker was in, wherever it is connected from.
+async fn connect(address: SocketAddr, namespaces: Option<&Arc<Namespaces>>) -> io::Result<TcpStream> {
+    let make = move || if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() };
+    let socket = match namespaces {
+        None => make(),
+        Some(namespaces) => namespaces.run(make).await.map_err(io::Error::other)?,
+    };
+    socket?.connect(address).await
 }
 
 #[cfg(test)]
@@ -130,9 +143,9 @@ mod tests {
                 continue;
             };
             let port = listener.local_addr().expect("has an address").port();
-            dial(port).await.expect(address);
+            dial(port, None).await.expect(address);
             drop(listener);
-            let error = dial(port).await.expect_err("nothing listens");
+            let error = dial(port, None).await.expect_err("nothing listens");
             assert_eq!(error.code(), tonic::Code::FailedPrecondition, "{error}");
             assert_eq!(error.to_string(), format!("nothing listens on port {port} of the pod's loopback"));
         }

@@ -3,6 +3,7 @@
 //! ```text
 //! init ──> server ──> pod ──> sandbox ──> network
 //!                      ├────> forward ──> link ──> host
+//!                      ├────> namespaces ──> idmap
 //!                      └────> container ──> process ──> stdio ──> link ──> host
 //!                                  ├──> mount ──> device
 //!                                  ├──> cgroup ──> limits, filter
@@ -19,11 +20,13 @@ pub mod error;
 pub mod events;
 pub mod filter;
 pub mod forward;
+pub mod idmap;
 pub mod init;
 pub mod limits;
 pub mod link;
 pub mod metrics;
 pub mod mount;
+pub mod namespaces;
 pub mod network;
 pub mod oom;
 pub mod passwd;

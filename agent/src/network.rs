@@ -5,6 +5,8 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
 
 use bulkhead_proto::agent as api;
 use futures::TryStreamExt;
@@ -15,6 +17,7 @@ use rtnetlink::packet_route::route::{RouteAttribute, RouteMessage, RouteMetric, 
 use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 
 use crate::error::{During, Error, Result};
+use crate::namespaces::Namespaces;
 
 /// `NUD_*` states of neighbours that are kept for ever.
 const PERMANENT: u32 = 0x80;
@@ -159,6 +162,22 @@ pub async fn configure(plan: &Plan) -> Result<()> {
     configured
 }
 
+/// Moves the devices of `plan` into the network namespace of `namespaces`, and carries it out there.
+pub async fn configure_inside(plan: Plan, namespaces: &Arc<Namespaces>) -> Result<()> {
+    let (connection, handle, _) = rtnetlink::new_connection().during(|| "open rtnetlink")?;
+    let mut link = tokio::task::JoinSet::new();
+    link.spawn(connection);
+    let moved = Network { handle }.hand_over(&plan.interfaces, namespaces).await;
+    link.shutdown().await;
+    moved?;
+    // Sockets and sysctls are those of the namespace that the thread is in, so all of it happens on one.
+    let inside = move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        runtime.during(|| "start a runtime")?.block_on(configure(&plan))
+    };
+    namespaces.run(inside).await?
+}
+
 struct Network {
     handle: Handle,
 }
@@ -196,6 +215,19 @@ impl Network {
                 .execute()
                 .await
                 .during(|| format!("add neighbour {}", neighbour.address))?;
+        }
+        Ok(())
+    }
+
+    /// Moves each interface's device; those that an earlier attempt has moved are not here any more.
+    async fn hand_over(&self, interfaces: &[Interface], namespaces: &Namespaces) -> Result<()> {
+        for link in self.links().await? {
+            if interfaces.iter().any(|interface| link.mac == interface.mac) {
+                let fd = namespaces.net().as_raw_fd();
+                let message = LinkUnspec::new_with_index(link.index).setns_by_fd(fd).build();
+                let what = || format!("move {} into the pod's network namespace", link.name);
+                self.handle.link().set(message).execute().await.during(what)?;
+            }
         }
         Ok(())
     }

@@ -3,16 +3,16 @@
 //! A verb runs as a job of its own, so that a broken connection does not stop it half way; who repeats the request after
 //! a reconnect waits for the same job and gets the same answer.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use bulkhead_proto::agent as api;
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
-use oci_spec::runtime::LinuxResources;
+use oci_spec::runtime::{LinuxResources, User};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -21,7 +21,9 @@ use crate::cgroup::Cgroup;
 use crate::container::{Container, check_id};
 use crate::error::{During, Error, Result};
 use crate::events::Events;
+use crate::idmap::{IdMap, Owner};
 use crate::link::Host;
+use crate::namespaces::Namespaces;
 use crate::reaper::{ExitStatus, Reaper};
 use crate::runtime::spawner::Spawner;
 use crate::runtime::{Request, Started};
@@ -48,6 +50,7 @@ pub struct Services {
     /// The agent's end.
     pub cancel: CancellationToken,
     spawner: Arc<Spawner>,
+    namespaces: OnceLock<Arc<Namespaces>>,
 }
 
 impl Services {
@@ -61,7 +64,37 @@ impl Services {
             tracker: TaskTracker::new(),
             cancel: CancellationToken::new(),
             spawner: Arc::default(),
+            namespaces: OnceLock::new(),
         })
+    }
+
+    /// The pod's own namespaces; none if it has no user namespace.
+    pub fn namespaces(&self) -> Option<&Arc<Namespaces>> {
+        self.namespaces.get()
+    }
+
+    /// Makes the pod's own namespaces, or finds those that an earlier attempt has made.
+    pub async fn isolate(self: &Arc<Self>, request: &api::UserNamespace) -> Result<Arc<Namespaces>> {
+        let ids = IdMap::parse(request)?;
+        if let Some(made) = self.namespaces() {
+            return Ok(Arc::clone(made));
+        }
+        let made = Namespaces::make(self, ids).await?;
+        Ok(Arc::clone(self.namespaces.get_or_init(|| made)))
+    }
+
+    /// Who `user` is in the guest.
+    pub fn owner(&self, user: &User) -> Result<Owner> {
+        self.namespaces().map_or_else(|| Ok(Owner::unmapped(user)), |namespaces| namespaces.ids.owner(user))
+    }
+
+    /// Sets sysctls of the pod's namespaces.
+    pub async fn set_sysctls(&self, sysctls: BTreeMap<String, String>) -> Result<()> {
+        let set = move || sysctls.iter().try_for_each(|(name, value)| sandbox::set_sysctl(name, value));
+        match self.namespaces() {
+            None => set(),
+            Some(namespaces) => namespaces.run(set).await?,
+        }
     }
 
     /// Has the spawner start a process; the exit of that process comes through the receiver.
@@ -91,7 +124,8 @@ pub struct Pod {
     services: Arc<Services>,
     slots: Mutex<HashMap<String, Slot>>,
     sandbox: Mutex<Option<Job<api::CreateSandboxResponse>>>,
-    holder: Mutex<Option<Job<i32>>>,
+    /// Guest path of the pod-wide PID namespace.
+    holder: Mutex<Option<Job<String>>>,
     /// Of all containers together.
     cgroup: Cgroup,
 }
@@ -141,7 +175,11 @@ impl Pod {
             let failed = sandbox.as_ref().and_then(|job| job.peek()).is_some_and(Result::is_err);
             match sandbox.as_ref() {
                 Some(job) if !failed => job.clone(),
-                _ => sandbox.insert(self.job(sandbox::create(request))).clone(),
+                _ => {
+                    let services = Arc::clone(&self.services);
+                    let job = self.job(async move { sandbox::create(&services, request).await });
+                    sandbox.insert(job).clone()
+                }
             }
         };
         job.await
@@ -196,14 +234,12 @@ impl Pod {
                         Some(job) if !failed => job.clone(),
                         _ => {
                             let services = Arc::clone(&self.services);
-                            let job = self.job(async move {
-                                services.spawn(Request::Hold, Vec::new()).await.map(|(started, _exit)| started.pid)
-                            });
+                            let job = self.job(async move { hold(&services).await });
                             holder.insert(job).clone()
                         }
                     }
                 };
-                job.await.map(|pid| Some(format!("/proc/{pid}/ns/pid")))
+                job.await.map(Some)
             }
         }
     }
@@ -357,6 +393,17 @@ impl Pod {
 
     fn slots(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Makes the pod-wide PID namespace; returns its guest path.
+async fn hold(services: &Arc<Services>) -> Result<String> {
+    let namespaces = services.namespaces();
+    let request = Request::Hold { user_namespace: namespaces.map(|namespaces| namespaces.user()) };
+    let (Started { pid, .. }, _exit) = services.spawn(request, Vec::new()).await?;
+    match namespaces {
+        None => Ok(format!("/proc/{pid}/ns/pid")),
+        Some(namespaces) => namespaces.keep_pid(pid).map(|path| path.display().to_string()),
     }
 }
 

@@ -2,12 +2,15 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 use bulkhead_proto::agent::{CreateSandboxRequest, CreateSandboxResponse, Stage};
 use nix::mount::MsFlags;
 
 use crate::error::{During, Error, Result};
+use crate::idmap::Owner;
+use crate::pod::Services;
 use crate::spec::{SHARE, SHM};
 use crate::{mount, network};
 
@@ -15,7 +18,7 @@ use crate::{mount, network};
 const HOSTNAME_AT_MOST: usize = 64;
 
 /// Carries out the request, step by step.
-pub async fn create(request: CreateSandboxRequest) -> Result<CreateSandboxResponse> {
+pub async fn create(services: &Arc<Services>, request: CreateSandboxRequest) -> Result<CreateSandboxResponse> {
     let network = network::plan(&request.interfaces, &request.routes, &request.neighbours)?;
     let mut stages = Stages::start();
 
@@ -24,14 +27,23 @@ pub async fn create(request: CreateSandboxRequest) -> Result<CreateSandboxRespon
         tokio::task::spawn_blocking(move || mount_share(&tag)).await.during(|| "mount the share")??;
         stages.done("share");
     }
-    set_hostname(&request.hostname)?;
-    mount_shm(request.shm_size_bytes)?;
-    stages.done("base");
-    network::configure(&network).await?;
-    stages.done("network");
-    for (name, value) in &request.sysctls {
-        set_sysctl(name, value)?;
+    let namespaces = match &request.user_namespace {
+        None => None,
+        Some(user) => Some(services.isolate(user).await?),
+    };
+    let hostname = request.hostname;
+    match &namespaces {
+        None => set_hostname(&hostname)?,
+        Some(namespaces) => namespaces.run(move || set_hostname(&hostname)).await??,
     }
+    mount_shm(request.shm_size_bytes, namespaces.as_ref().map(|namespaces| namespaces.ids.root()))?;
+    stages.done("base");
+    match &namespaces {
+        None => network::configure(&network).await?,
+        Some(namespaces) => network::configure_inside(network, namespaces).await?,
+    }
+    stages.done("network");
+    services.set_sysctls(request.sysctls.into_iter().collect()).await?;
     stages.done("sysctls");
     Ok(CreateSandboxResponse { stages: stages.stages })
 }
@@ -53,11 +65,12 @@ fn set_hostname(hostname: &str) -> Result<()> {
     nix::unistd::sethostname(hostname).during(|| format!("set the host name to {hostname:?}"))
 }
 
-fn mount_shm(size_bytes: u64) -> Result<()> {
+fn mount_shm(size_bytes: u64, owner: Option<Owner>) -> Result<()> {
     fs::create_dir_all(SHM).during(|| "create /dev/shm")?;
     let size = if size_bytes == 0 { String::new() } else { format!(",size={size_bytes}") };
+    let owner = owner.map_or(String::new(), |Owner { uid, gid }| format!(",uid={uid},gid={gid}"));
     let flags = MsFlags::MS_NODEV | MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
-    mount::attach(Path::new("shm"), Path::new(SHM), "tmpfs", flags, &format!("mode=1777{size}"))
+    mount::attach(Path::new("shm"), Path::new(SHM), "tmpfs", flags, &format!("mode=1777{size}{owner}"))
 }
 
 /// Sets a sysctl by its dotted or slashed name.

@@ -26,6 +26,8 @@ pub struct Guest<'a> {
     pub rootfs: &'a Path,
     /// Guest path of the PID namespace to join; none for a new one.
     pub pid_namespace: Option<String>,
+    /// Directory with the files `user`, `net`, `ipc` and `uts` of the pod's own namespaces; none if they are the guest's.
+    pub namespaces: Option<&'a Path>,
     /// Whether stdio is a pty.
     pub terminal: bool,
 }
@@ -43,6 +45,8 @@ pub struct Spec {
     pub seccomp: Option<LinuxSeccomp>,
     /// Sysctls of namespaces that containers share with the pod, which the agent sets itself.
     pub sysctls: BTreeMap<String, String>,
+    /// The container may write to its cgroup.
+    pub cgroup_writable: bool,
     /// Paths below the share that mounts are bound from.
     pub shared: Vec<String>,
     /// Destinations of all mounts, in order, with the path below the share for those that have one.
@@ -78,6 +82,7 @@ pub fn rewrite(json: &[u8], guest: &Guest<'_>) -> Result<Spec> {
     let parsed_process: Process = serde_json::from_value(process.clone()).map_err(invalid)?;
 
     let mut mounts = Vec::new();
+    let cgroup_writable = has_writable_cgroup(root.get("mounts"));
     for mount in root.get_mut("mounts").and_then(Value::as_array_mut).into_iter().flatten() {
         mounts.push(rewrite_mount(mount)?);
     }
@@ -88,7 +93,7 @@ pub fn rewrite(json: &[u8], guest: &Guest<'_>) -> Result<Spec> {
         linux.remove(key);
     }
     linux.insert("cgroupsPath".to_owned(), format!("{}/{}", cgroup::PARENT, guest.container_id).into());
-    rewrite_namespaces(linux, guest.pid_namespace.as_deref())?;
+    rewrite_namespaces(linux, guest)?;
     let resources = linux.remove("resources").unwrap_or_else(|| json!({}));
     let sysctls = linux.remove("sysctl").unwrap_or_else(|| json!({}));
     let seccomp = match linux.get("seccomp") {
@@ -102,6 +107,7 @@ pub fn rewrite(json: &[u8], guest: &Guest<'_>) -> Result<Spec> {
         resources: serde_json::from_value(resources).map_err(invalid)?,
         seccomp,
         sysctls: serde_json::from_value(sysctls).map_err(invalid)?,
+        cgroup_writable,
         shared: mounts.iter().filter_map(|(_, shared)| shared.clone()).collect(),
         mounts,
         config,
@@ -140,6 +146,20 @@ fn rewrite_process(process: &mut Value, terminal: bool) -> Result<()> {
     Ok(())
 }
 
+fn has_writable_cgroup(mounts: Option<&Value>) -> bool {
+    let mounts = mounts.and_then(Value::as_array).into_iter().flatten();
+    let mut cgroups = mounts.filter(|mount| {
+        mount.get("type").and_then(Value::as_str).is_some_and(|kind| matches!(kind, "cgroup" | "cgroup2"))
+    });
+    cgroups.any(|mount| {
+        let options = mount.get("options").and_then(Value::as_array).into_iter().flatten();
+        // The last of the two counts, as in mount(8).
+        !options
+            .filter_map(Value::as_str)
+            .fold(false, |read_only, option| (read_only || option == "ro") && option != "rw")
+    })
+}
+
 /// Resolves a mount's source; returns its destination and the path below the share that it binds.
 fn rewrite_mount(mount: &mut Value) -> Result<(String, Option<String>)> {
     let mount = mount.as_object_mut().ok_or_else(|| Error::invalid("a mount of the OCI spec is not a JSON object"))?;
@@ -176,24 +196,39 @@ pub fn share_path(path: &str) -> Result<&str> {
     Err(Error::invalid(format!("{path:?} is not a path below the share: plain names joined by single slashes")))
 }
 
-/// Containers share the pod's network, UTS and IPC namespaces, which are the guest's own.
-fn rewrite_namespaces(linux: &mut Map<String, Value>, pid_namespace: Option<&str>) -> Result<()> {
+/// Containers share the pod's network, UTS and IPC namespaces: the guest's own, or those of the pod's user namespace.
+fn rewrite_namespaces(linux: &mut Map<String, Value>, guest: &Guest<'_>) -> Result<()> {
     let given = linux.remove("namespaces").unwrap_or_else(|| json!([]));
     let given = given.as_array().ok_or_else(|| Error::invalid("linux.namespaces of the OCI spec is not an array"))?;
     let asked = |kind: &str| given.iter().any(|namespace| namespace.get("type").is_some_and(|typ| typ == kind));
     let mut namespaces = vec![
-        match pid_namespace {
+        match &guest.pid_namespace {
             Some(path) => json!({ "type": "pid", "path": path }),
             None => json!({ "type": "pid" }),
         },
         json!({ "type": "mount" }),
         json!({ "type": "cgroup" }),
     ];
-    for kind in ["user", "time"] {
-        if asked(kind) {
-            namespaces.push(json!({ "type": kind }));
+    if asked("time") {
+        namespaces.push(json!({ "type": "time" }));
+    }
+    match (guest.namespaces, asked("user")) {
+        (None, false) => {}
+        (Some(directory), true) => {
+            for (kind, name) in [("user", "user"), ("network", "net"), ("ipc", "ipc"), ("uts", "uts")] {
+                namespaces.push(json!({ "type": kind, "path": directory.join(name) }));
+            }
+        }
+        (None, true) => {
+            return Err(Error::invalid("linux.namespaces asks for a user namespace, and the pod was made without one"));
+        }
+        (Some(_), false) => {
+            return Err(Error::invalid("linux.namespaces asks for no user namespace, and the pod was made with one"));
         }
     }
+    // The pod's user namespace has them already.
+    linux.remove("uidMappings");
+    linux.remove("gidMappings");
     linux.insert("namespaces".to_owned(), namespaces.into());
     Ok(())
 }
@@ -216,7 +251,7 @@ mod tests {
     use super::*;
 
     fn guest() -> Guest<'static> {
-        Guest { container_id: "c1", rootfs: Path::new("/r"), pid_namespace: None, terminal: false }
+        Guest { container_id: "c1", rootfs: Path::new("/r"), pid_namespace: None, namespaces: None, terminal: false }
     }
 
     fn spec(extra: &Value) -> Value {
@@ -258,6 +293,40 @@ mod tests {
         assert!(config["linux"].get("resources").is_none() && config["linux"].get("sysctl").is_none());
         assert_eq!(spec.resources.memory().and_then(|memory| memory.limit()), Some(1000));
         assert_eq!(spec.sysctls.get("net.ipv4.ip_forward").map(String::as_str), Some("1"));
+    }
+
+    #[test]
+    fn a_container_joins_the_namespaces_of_its_pod_and_no_others() {
+        let user = json!({ "linux": { "namespaces": [{ "type": "pid" }, { "type": "user" }],
+            "uidMappings": [{ "containerID": 0, "hostID": 7, "size": 1 }] } });
+        let with =
+            |extra: &Value, namespaces| rewrite(spec(extra).to_string().as_bytes(), &Guest { namespaces, ..guest() });
+        let joined = with(&user, Some(Path::new("/ns"))).expect("rewrite").config;
+        let paths: Vec<_> =
+            joined["linux"]["namespaces"].as_array().expect("array").iter().map(|n| &n["path"]).collect();
+        let none = Value::Null;
+        assert_eq!(
+            paths,
+            [&none, &none, &none, &json!("/ns/user"), &json!("/ns/net"), &json!("/ns/ipc"), &json!("/ns/uts")]
+        );
+        assert!(joined["linux"].get("uidMappings").is_none());
+        for (spec, namespaces) in [(&user, None), (&json!({}), Some(Path::new("/ns")))] {
+            let error = with(spec, namespaces).expect_err("is refused");
+            assert_eq!(error.code(), tonic::Code::InvalidArgument, "{error}");
+        }
+    }
+
+    #[test]
+    fn a_cgroup_is_writable_unless_its_mount_is_not() {
+        for (mounts, writable) in [
+            (json!([]), false),
+            (json!([{ "destination": "/sys/fs/cgroup", "type": "cgroup", "options": ["ro"] }]), false),
+            (json!([{ "destination": "/sys/fs/cgroup", "type": "cgroup", "options": ["ro", "rw"] }]), true),
+            (json!([{ "destination": "/sys/fs/cgroup", "type": "cgroup2" }]), true),
+        ] {
+            let spec = rewritten(&json!({ "mounts": mounts })).expect("rewrite");
+            assert_eq!(spec.cgroup_writable, writable, "{mounts}");
+        }
     }
 
     #[test]

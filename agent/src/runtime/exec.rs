@@ -20,13 +20,16 @@ use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Gid, Uid, chdir, execve, fchown, setgroups, setresgid, setresuid, setsid};
 use rustix::fs::OFlags;
 
-use super::{Exec, Line, lookup, wire};
+use super::{Exec, Line, isolate, lookup, rlimit, wire};
 use crate::passwd;
 use crate::sys::{self, Fork};
 
 /// Namespaces a container may have of its own, in the order they are joined; the user namespace gives the right to the rest.
-const NAMESPACES: [(&str, CloneFlags); 4] = [
+const NAMESPACES: [(&str, CloneFlags); 7] = [
     ("user", CloneFlags::CLONE_NEWUSER),
+    ("ipc", CloneFlags::CLONE_NEWIPC),
+    ("uts", CloneFlags::CLONE_NEWUTS),
+    ("net", CloneFlags::CLONE_NEWNET),
     ("cgroup", CloneFlags::CLONE_NEWCGROUP),
     ("pid", CloneFlags::CLONE_NEWPID),
     ("mnt", CloneFlags::CLONE_NEWNS),
@@ -40,7 +43,12 @@ pub fn exec(socket: &UnixStream, request: Exec, fds: Vec<OwnedFd>) -> Result<(),
     let score = request.process.oom_score_adj().unwrap_or(0);
     fs::write("/proc/self/oom_score_adj", score.to_string())
         .map_err(|error| format!("set oom_score_adj to {score}: {}", lookup::text(&error)))?;
+    rlimit::allow(request.process.rlimits().as_deref().unwrap_or_default())?;
     for (name, kind, namespace) in &namespaces {
+        if *kind == CloneFlags::CLONE_NEWUSER {
+            isolate::enter(namespace)?;
+            continue;
+        }
         setns(namespace, *kind).map_err(|error| format!("join the container's {name} namespace: {error}"))?;
     }
     drop(namespaces);

@@ -1,6 +1,8 @@
 //! The first process of the pod-wide PID namespace: reaps what containers leave, and keeps the namespace alive.
 
+use std::fs::File;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, unshare};
@@ -8,11 +10,15 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 
-use super::{Line, wire};
+use super::{Line, isolate, wire};
 use crate::sys::{self, Fork};
 
-/// In a worker: makes the namespace and its first process.
-pub fn start(socket: &UnixStream) -> Result<(), String> {
+/// In a worker: makes the namespace and its first process, both in the user namespace of that file if there is one.
+pub fn start(socket: &UnixStream, user_namespace: Option<&Path>) -> Result<(), String> {
+    if let Some(path) = user_namespace {
+        let file = File::open(path).map_err(|error| format!("open the pod's user namespace: {error}"))?;
+        isolate::enter(&file)?;
+    }
     unshare(CloneFlags::CLONE_NEWPID).map_err(|error| format!("make the pod's PID namespace: {error}"))?;
     match sys::fork_sibling().map_err(|error| format!("fork the holder of the pod's PID namespace: {error}"))? {
         Fork::Child => hold(),

@@ -11,14 +11,16 @@
 pub mod create;
 pub mod exec;
 pub mod holder;
+pub mod isolate;
 pub mod lookup;
+mod rlimit;
 pub mod spawner;
 mod wire;
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
-use oci_spec::runtime::{LinuxSeccomp, Process};
+use oci_spec::runtime::{LinuxSeccomp, PosixRlimit, Process};
 use serde::{Deserialize, Serialize};
 
 /// Argument of the binary that makes it the spawner.
@@ -37,11 +39,29 @@ pub enum Request {
         state: PathBuf,
         /// Stdio is a pty.
         terminal: bool,
+        /// OCI `process.rlimits`.
+        limits: Vec<PosixRlimit>,
     },
     /// Run a further process in a container; descriptors as above.
     Exec(Box<Exec>),
     /// Run the holder of the pod-wide PID namespace; no descriptors.
-    Hold,
+    Hold {
+        /// File of the user namespace that owns it; none for the guest's.
+        user_namespace: Option<PathBuf>,
+    },
+    /// Make the namespaces of a pod with a user namespace; no descriptors.
+    Isolate(Isolate),
+}
+
+/// A user namespace to make, with a network, IPC and UTS namespace that it owns.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Isolate {
+    /// Content of its `uid_map`.
+    pub uid_map: String,
+    /// Content of its `gid_map`.
+    pub gid_map: String,
+    /// Where the files `user`, `net`, `ipc` and `uts` are made that keep the namespaces.
+    pub directory: PathBuf,
 }
 
 /// A process to run in a running container.

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use super::{Line, Request, SPAWNER_ARGUMENT, Started, create, exec, holder, wire};
+use super::{Line, Request, SPAWNER_ARGUMENT, Started, create, exec, holder, isolate, rlimit, wire};
 use crate::error::{During, Error, Result};
 use crate::sys::{self, Fork};
 
@@ -127,9 +127,12 @@ fn work(socket: &UnixStream) {
         }
     };
     let done = match request {
-        Request::Create { id, bundle, state, terminal } => create::create(socket, &id, &bundle, &state, terminal, fds),
+        Request::Create { id, bundle, state, terminal, limits } => {
+            rlimit::allow(&limits).and_then(|()| create::create(socket, &id, &bundle, &state, terminal, fds))
+        }
         Request::Exec(request) => exec::exec(socket, *request, fds),
-        Request::Hold => holder::start(socket),
+        Request::Hold { user_namespace } => holder::start(socket, user_namespace.as_deref()),
+        Request::Isolate(request) => isolate::start(socket, &request),
     };
     if let Err(text) = done {
         // Nothing is left to do when PID 1 does not listen.

@@ -26,6 +26,7 @@ pub use self::carrier::Carrier;
 use self::input::Input;
 use self::output::Output;
 use crate::error::{During, Error, Result};
+use crate::idmap::Owner;
 use crate::link::Host;
 use crate::sys;
 
@@ -87,8 +88,8 @@ pub struct Ends {
     stderr: Option<OwnedFd>,
 }
 
-/// Makes the pipes that `plan` asks for, owned by `uid` and `gid` so that the process may reopen `/dev/stdout`.
-pub fn open(plan: &Plan, uid: u32, gid: u32) -> Result<(Child, Ends)> {
+/// Makes the pipes that `plan` asks for, of the process's user so that it may reopen `/dev/stdout`.
+pub fn open(plan: &Plan, owner: Owner) -> Result<(Child, Ends)> {
     if plan.terminal {
         return Ok((Child(Vec::new()), Ends::default()));
     }
@@ -99,7 +100,7 @@ pub fn open(plan: &Plan, uid: u32, gid: u32) -> Result<(Child, Ends)> {
     };
     let pipe = || -> Result<(OwnedFd, OwnedFd)> {
         let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).during(|| "make a pipe")?;
-        let (owner, group) = (rustix::fs::Uid::from_raw(uid), rustix::fs::Gid::from_raw(gid));
+        let (owner, group) = (rustix::fs::Uid::from_raw(owner.uid), rustix::fs::Gid::from_raw(owner.gid));
         rustix::fs::fchown(&read, Some(owner), Some(group)).during(|| "give a pipe to the process's user")?;
         Ok((read, write))
     };

@@ -505,6 +505,7 @@ async fn the_pods_network_and_sysctls_are_set() {
             interface: "net7".into(),
             state: 0x80,
         }],
+        user_namespace: None,
     };
     machine.client.create_sandbox(request.clone()).await.expect("sandbox");
     machine.client.create_sandbox(request).await.expect("a repeated request is answered as the first was");
@@ -713,4 +714,50 @@ async fn a_rootfs_lies_on_a_disk_or_is_an_overlay_of_disks() {
     };
     assert_eq!(kept("whole", "cat /written"), "kept\n", "what was written lies on the disk");
     assert_eq!(kept("upper", "cat /upper/written"), "kept\n", "what was written lies on the upper disk");
+}
+
+/// A user namespace whose ids begin at `first` in the guest.
+fn user_namespace(first: u32) -> api::UserNamespace {
+    let map = vec![api::IdMapping { container_id: 0, guest_id: first, size: 65_536 }];
+    api::UserNamespace { uids: map.clone(), gids: map }
+}
+
+#[tokio::test]
+async fn a_pod_with_a_user_namespace_has_its_containers_in_it_and_takes_no_others() {
+    let Some(mut machine) = Machine::boot(256).await else { return };
+    let request = api::CreateSandboxRequest {
+        hostname: "pod".into(),
+        share_tag: "share".into(),
+        user_namespace: Some(user_namespace(100_000)),
+        ..Default::default()
+    };
+    machine.client.create_sandbox(request.clone()).await.expect("sandbox");
+    machine.client.create_sandbox(request).await.expect("sandbox again");
+    busybox(&machine, "c1");
+
+    let plain = spec(process(&["sleep", "1000"]));
+    let error =
+        machine.client.create_container(create("c1", &plain, api::Stdio::default())).await.expect_err("refused");
+    assert_eq!(error.code(), tonic::Code::InvalidArgument, "{error}");
+
+    let mut mapped = plain;
+    mapped["linux"]["namespaces"].as_array_mut().expect("array").push(json!({ "type": "user" }));
+    mapped["process"]["rlimits"] = json!([{ "type": "RLIMIT_MEMLOCK", "soft": 1_u64 << 30, "hard": 1_u64 << 40 }]);
+    machine.client.create_container(create("c1", &mapped, api::Stdio::default())).await.expect("create");
+    machine.client.start_process(start("c1", "")).await.expect("start");
+
+    let script =
+        "cat /proc/self/uid_map; id -u; hostname; ls /sys/class/net; grep -c mqueue /proc/filesystems; ulimit -H -l";
+    let mut look = process(&["sh", "-c", script]);
+    look["rlimits"] = mapped["process"]["rlimits"].clone();
+    let (status, output) = run(&mut machine, "c1", "look", look).await;
+    let words: Vec<_> = output.split_whitespace().collect();
+    assert_eq!((status, words), (0, vec!["0", "100000", "65536", "0", "pod", "lo", "1", "1073741824"]));
+
+    let mut outside = process(&["true"]);
+    outside["user"]["uid"] = json!(70_000);
+    let exec = Exec { id: "c1", exec: "outside", process: outside, stdio: api::Stdio::default() };
+    let error = exec.start(&mut machine).await.expect_err("refused");
+    assert_eq!(error.code(), tonic::Code::InvalidArgument);
+    assert_eq!(error.message(), "process.user.uid 70000 is not mapped in the pod's user namespace");
 }

@@ -1,0 +1,121 @@
+//! The namespaces of a pod that has a user namespace: that one, and the network, IPC and UTS namespaces that it owns.
+//!
+//! Without a user namespace a pod's containers live in the guest's own. With one they could not: mounting sysfs and mqueue,
+//! raw sockets and all else that takes a capability is decided by the user namespace that owns the namespace concerned. So
+//! such a pod has its own, made once and kept by their files; the agent stays outside, and enters with a thread for what is
+//! the pod's: devices, addresses, host name, sysctls, forwarded connections.
+//!
+//! Files, and not `/proc/<pid>/ns`, which a process of the user namespace may not open.
+//! namespaces(7), user_namespaces(7)
+
+use std::fs::{self, File};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use nix::mount::MsFlags;
+use nix::sched::{CloneFlags, setns};
+use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
+use rustix::thread::CapabilitiesSecureBits;
+
+use crate::error::{During, Result};
+use crate::idmap::{IdMap, Owner};
+use crate::pod::Services;
+use crate::runtime::{Isolate, Request};
+
+/// Where the files are.
+const DIRECTORY: &str = "/run/bulkhead/namespaces";
+/// The file of the pod-wide PID namespace, when there is one.
+const PID: &str = "pid";
+
+/// The pod's namespaces; see the module's documentation.
+#[derive(Debug)]
+pub struct Namespaces {
+    /// Maps of the user namespace.
+    pub ids: IdMap,
+    net: File,
+    ipc: File,
+    uts: File,
+}
+
+impl Namespaces {
+    /// Makes them.
+    pub async fn make(services: &Arc<Services>, ids: IdMap) -> Result<Arc<Self>> {
+        let directory = Path::new(DIRECTORY);
+        fs::create_dir_all(directory).during(|| format!("create {DIRECTORY}"))?;
+        let isolate = Isolate { uid_map: ids.uid_map(), gid_map: ids.gid_map(), directory: directory.to_owned() };
+        // The process ends by itself; the files keep what it made.
+        let (_made, _exit) = services
+            .spawn(Request::Isolate(isolate), Vec::new())
+            .await
+            .map_err(|error| error.during("make the pod's user namespace"))?;
+        let open = |name: &str| File::open(directory.join(name)).during(|| format!("open the pod's {name} namespace"));
+        Ok(Arc::new(Self { ids, net: open("net")?, ipc: open("ipc")?, uts: open("uts")? }))
+    }
+
+    /// Directory with a file for each namespace, named as in `/proc/<pid>/ns`.
+    pub fn directory(&self) -> &'static Path {
+        Path::new(DIRECTORY)
+    }
+
+    /// The file of the user namespace.
+    pub fn user(&self) -> PathBuf {
+        self.directory().join("user")
+    }
+
+    /// The network namespace.
+    pub fn net(&self) -> BorrowedFd<'_> {
+        self.net.as_fd()
+    }
+
+    /// Runs `work` inside, on a thread of its own. The user namespace is not entered: `work` keeps the agent's rights.
+    pub async fn run<T: Send + 'static>(self: &Arc<Self>, work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+        let namespaces = Arc::clone(self);
+        let entered = move || -> Result<T> {
+            for (file, kind, name) in [
+                (&namespaces.net, CloneFlags::CLONE_NEWNET, "network"),
+                (&namespaces.ipc, CloneFlags::CLONE_NEWIPC, "IPC"),
+                (&namespaces.uts, CloneFlags::CLONE_NEWUTS, "UTS"),
+            ] {
+                setns(file, kind).during(|| format!("enter the pod's {name} namespace"))?;
+            }
+            Ok(work())
+        };
+        tokio::task::spawn_blocking(move || on_own_thread(entered)).await.during(|| "enter the pod's namespaces")?
+    }
+
+    /// Runs `work` as the user namespace's root as far as files are concerned: what it makes belongs to the pod. Blocks.
+    pub fn as_root<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
+        let Owner { uid, gid } = self.ids.root();
+        on_own_thread(move || {
+            // Or the change of user would take the capabilities with which root gets everywhere.
+            rustix::thread::set_capabilities_secure_bits(CapabilitiesSecureBits::NO_SETUID_FIXUP)
+                .during(|| "keep capabilities")?;
+            // Neither tells whether it worked; for a caller with all capabilities they do.
+            setfsgid(Gid::from_raw(gid));
+            setfsuid(Uid::from_raw(uid));
+            Ok(work())
+        })
+    }
+
+    /// Gives a file to the PID namespace of `pid`, the first process in it; returns its path.
+    pub fn keep_pid(&self, pid: i32) -> Result<PathBuf> {
+        let path = self.directory().join(PID);
+        keep(pid, PID, &path).during(|| "keep the pod's PID namespace")?;
+        Ok(path)
+    }
+}
+
+/// Binds the namespace `name` of `pid` to the file `path`, which keeps it.
+pub fn keep(pid: i32, name: &str, path: &Path) -> std::io::Result<()> {
+    if !path.exists() {
+        File::create(path)?;
+    }
+    let source = format!("/proc/{pid}/ns/{name}");
+    Ok(nix::mount::mount(Some(&*source), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)?)
+}
+
+/// Runs `work` on a thread that ends with it, and what it changed of itself with it.
+fn on_own_thread<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    std::thread::scope(|scope| scope.spawn(work).join()).unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
