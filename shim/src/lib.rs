@@ -31,6 +31,7 @@ pub mod annotations;
 pub mod config;
 pub mod error;
 pub mod host;
+pub mod idmap;
 pub mod log;
 pub mod paths;
 pub mod sizing;

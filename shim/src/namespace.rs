@@ -53,6 +53,11 @@ impl ShareRoot {
         self.root.join("staging")
     }
 
+    /// Where layers of an overlay have names while it is mounted; nothing serves it.
+    pub fn layers(&self) -> PathBuf {
+        self.root.join("layers")
+    }
+
     /// Makes the mount point `relative`, a directory or an empty file, with the directories above it; returns its path in
     /// [`Self::exported`]. What exists already is kept.
     pub fn mount_point(&self, relative: &Path, is_dir: bool) -> Result<PathBuf> {
@@ -195,6 +200,18 @@ impl Tree {
         rustix::fs::fstatfs(&self.fd).is_ok_and(|statfs| KERNEL.contains(&statfs.f_type))
     }
 
+    /// Has the tree show and take owners through the maps of `user_namespace`; only its topmost mount unless `recursive`.
+    ///
+    /// Once for each mount. File systems that cannot do it are an error ([`Kind::InvalidArgument`]).
+    pub fn map_ids(&self, user_namespace: &OwnedFd, recursive: bool) -> Result<()> {
+        sys::map_mount_ids(&self.fd, recursive, user_namespace).map_err(|error| {
+            let unfit = error.kind() == io::ErrorKind::InvalidInput;
+            let kind = if unfit { Kind::InvalidArgument } else { Kind::Internal };
+            let reason = if unfit { " (its file system takes no id-mapped mounts on this kernel)" } else { "" };
+            Error::new(kind, format!("map the ids of a mount for its user namespace: {error}{reason}"))
+        })
+    }
+
     /// Mounts the tree at `target` in the calling thread's namespace.
     pub fn attach(self, target: &Path, access: Access, propagation: Propagation) -> Result<()> {
         let at = || format!("mount at {}", target.display());
@@ -314,6 +331,7 @@ mod tests {
 
     use super::*;
     use crate::host::HostThread;
+    use crate::idmap::{IdMapping, IdMappings};
     use crate::storage::{plan, rootfs, volume};
 
     /// A pod's namespace and a directory of the host to take things from; `None`, with the reason printed, without root.
@@ -330,7 +348,8 @@ mod tests {
 
     fn bind(source: &Path, access: Access, propagation: Propagation) -> volume::VolumePlan {
         let destination = "/data".to_owned();
-        let bind = volume::Bind { index: 0, source: source.into(), destination, recursive: true, access, propagation };
+        let (source, recursive, ids) = (source.into(), true, None);
+        let bind = volume::Bind { index: 0, source, destination, recursive, access, propagation, ids };
         volume::VolumePlan { binds: vec![bind], ..volume::VolumePlan::default() }
     }
 
@@ -492,6 +511,32 @@ mod tests {
         assert!(error.contains("rootfs of container web"), "{error}");
         let left = share.staging().join("web/rootfs");
         assert!(!host.run(move || Ok(left.exists())).await.expect("runs"));
+    }
+
+    #[tokio::test]
+    async fn an_id_mapped_volume_shows_and_takes_the_owners_of_its_namespace() {
+        use std::os::unix::fs::{MetadataExt, chown};
+        let Some((dir, host, share)) = pod() else { return };
+        let source = dir.path().join("source");
+        fs::create_dir(&source).expect("mkdir");
+        fs::write(source.join("file"), "x").expect("write");
+        let map = vec![IdMapping { container_id: 0, host_id: 100_000, size: 65_536 }];
+        let mappings = IdMappings { uids: map.clone(), gids: map };
+        let mut plan = bind(&source, Access::Writable, Propagation::Private);
+        plan.binds[0].ids = Some(volume::Ids { mappings, recursive: false });
+        volume::attach(&host, &share, "web", &plan).await.expect("attaches");
+        let file = share.exported().join("web/0/file");
+        let seen = host.run(move || {
+            let seen = fs::metadata(&file)?.uid();
+            chown(&file, Some(100_033), Some(100_000))?;
+            Ok(seen)
+        });
+        assert_eq!(seen.await.expect("reads"), 100_000);
+        assert_eq!(fs::metadata(source.join("file")).expect("is there").uid(), 33);
+
+        plan.binds[0].source = "/proc/self/attr".into();
+        let error = volume::attach(&host, &share, "proc", &plan).await.expect_err("is refused");
+        assert_eq!(error.kind(), Kind::InvalidArgument, "{error}");
     }
 
     #[test]

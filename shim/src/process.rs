@@ -21,7 +21,7 @@ use command_fds::{CommandFdExt, FdMapping};
 use rustix::fs::{CWD, FileType, Gid, Mode, Uid};
 use rustix::mount::{MountFlags, MountPropagationFlags};
 use rustix::process::{Pid, PidfdFlags, Resource, Rlimit, Signal, WaitId, WaitIdOptions};
-use rustix::thread::{CapabilitySet, CapabilitySets};
+use rustix::thread::{CapabilitiesSecureBits, CapabilitySet, CapabilitySets};
 use tokio::io::unix::AsyncFd;
 use tokio::net::unix::pipe;
 use tokio::sync::watch;
@@ -48,12 +48,14 @@ pub struct Credentials {
     pub groups: Vec<u32>,
     /// All that the child, and whatever it executes, can ever have. Empty for most.
     pub capabilities: CapabilitySet,
+    /// Its capabilities stay in effect when it acts as another user; needs `CAP_SETPCAP` among them.
+    pub keep_for_others: bool,
 }
 
 impl Credentials {
     /// A user without capabilities and supplementary groups.
     pub fn unprivileged(uid: u32, gid: u32) -> Self {
-        Self { uid, gid, groups: Vec::new(), capabilities: CapabilitySet::empty() }
+        Self { uid, gid, groups: Vec::new(), capabilities: CapabilitySet::empty(), keep_for_others: false }
     }
 }
 
@@ -432,6 +434,7 @@ struct Confine {
     gid: Gid,
     groups: Vec<Gid>,
     capabilities: CapabilitySet,
+    keep_for_others: bool,
     seccomp: Option<Filter>,
 }
 
@@ -463,6 +466,7 @@ impl Confine {
             gid: Gid::from_raw(config.credentials.gid),
             groups: config.credentials.groups.into_iter().map(Gid::from_raw).collect(),
             capabilities: config.credentials.capabilities,
+            keep_for_others: config.credentials.keep_for_others,
             seccomp: config.seccomp,
         })
     }
@@ -527,6 +531,10 @@ impl Confine {
             for capability in self.capabilities.iter() {
                 rustix::thread::configure_capability_in_ambient_set(capability, true).at(Step::Capabilities)?;
             }
+        }
+        if self.keep_for_others {
+            let bits = CapabilitiesSecureBits::NO_SETUID_FIXUP | CapabilitiesSecureBits::NO_SETUID_FIXUP_LOCKED;
+            rustix::thread::set_capabilities_secure_bits(bits).at(Step::Capabilities)?;
         }
         rustix::thread::set_no_new_privs(true).at(Step::Capabilities)?;
         // A change of user forgets this setting, so it comes after. If the shim has died before, nobody would tell us.

@@ -272,26 +272,73 @@ pub struct MountAttributes {
     pub propagation: Option<MountPropagationFlags>,
 }
 
+/// Starts a process that does nothing, in a new user namespace without maps; returns its pid and pidfd.
+///
+/// It has none of the caller's open files and ends with the calling thread at the latest; the caller kills and waits for it.
+#[expect(unsafe_code, reason = "no wrapper makes a process without executing a program")]
+pub fn idle_in_user_namespace() -> io::Result<(libc::pid_t, OwnedFd)> {
+    let mut pidfd: RawFd = -1;
+    let flags = libc::CLONE_NEWUSER | libc::CLONE_PIDFD | libc::SIGCHLD;
+    // SAFETY: without CLONE_VM the child runs on a copy of this very stack, as after fork(2), and makes system calls only;
+    // the kernel writes one int through the pointer, in the parent, before the call returns.
+    match unsafe { libc::syscall(libc::SYS_clone, flags, 0, &raw mut pidfd, 0, 0) } {
+        -1 => Err(io::Error::last_os_error()),
+        0 => {
+            // SAFETY: neither call takes a pointer; nothing in this copy of the process uses a file any more.
+            unsafe {
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                libc::syscall(libc::SYS_close_range, 0, u32::MAX, 0);
+            }
+            loop {
+                // SAFETY: no memory is involved.
+                unsafe { libc::pause() };
+            }
+        }
+        pid => {
+            // SAFETY: the kernel opened it for this call, close-on-exec, and nobody else knows it.
+            let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+            Ok((libc::pid_t::try_from(pid).map_err(io::Error::other)?, pidfd))
+        }
+    }
+}
+
+/// Has the detached mount `tree`, and the mounts below it if `recursive`, show owners through the maps of `user_namespace`.
+///
+/// Once for each mount; `InvalidInput` when a file system cannot do it. See `mount_setattr(2)`, `MOUNT_ATTR_IDMAP`.
+pub fn map_mount_ids(tree: impl AsFd, recursive: bool, user_namespace: impl AsFd) -> io::Result<()> {
+    let attr = MountAttr {
+        attr_set: libc::MOUNT_ATTR_IDMAP,
+        userns_fd: user_namespace.as_fd().as_raw_fd() as u64,
+        ..MountAttr::default()
+    };
+    set_mount_attr(tree, Path::new(""), recursive, &attr)
+}
+
+/// `struct mount_attr` of linux/mount.h.
+#[derive(Default)]
+#[repr(C)]
+struct MountAttr {
+    attr_set: u64,
+    attr_clr: u64,
+    propagation: u64,
+    userns_fd: u64,
+}
+
 /// Changes attributes of the mount at `path` below `dir` (`path` empty: of `dir` itself), of its whole tree if `recursive`.
 ///
 /// See `mount_setattr(2)`; Linux 5.12.
 pub fn mount_setattr(dir: impl AsFd, path: &Path, recursive: bool, attributes: MountAttributes) -> io::Result<()> {
-    /// `struct mount_attr` of linux/mount.h.
-    #[repr(C)]
-    struct MountAttr {
-        attr_set: u64,
-        attr_clr: u64,
-        propagation: u64,
-        userns_fd: u64,
-    }
     // The MOUNT_ATTR_* of these four have the values of the MS_* flags.
     let settable = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     let attr = MountAttr {
         attr_set: u64::from((attributes.set & settable).bits()),
-        attr_clr: 0,
         propagation: attributes.propagation.map_or(0, |flag| u64::from(flag.bits())),
-        userns_fd: 0,
+        ..MountAttr::default()
     };
+    set_mount_attr(dir, path, recursive, &attr)
+}
+
+fn set_mount_attr(dir: impl AsFd, path: &Path, recursive: bool, attr: &MountAttr) -> io::Result<()> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     let mut flags = libc::AT_SYMLINK_NOFOLLOW;
     if path.is_empty() {
@@ -309,7 +356,7 @@ pub fn mount_setattr(dir: impl AsFd, path: &Path, recursive: bool, attributes: M
             dir.as_fd().as_raw_fd(),
             path.as_ptr(),
             flags,
-            std::ptr::from_ref(&attr),
+            std::ptr::from_ref(attr),
             size_of::<MountAttr>(),
         )
     };

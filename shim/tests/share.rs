@@ -123,6 +123,7 @@ async fn a_container_restarted_a_hundred_times_leaves_no_mount_with_virtiofsd() 
                 recursive: true,
                 access: Access::ReadOnly,
                 propagation: Propagation::Private,
+                ids: None,
             })
             .collect(),
         ..volume::VolumePlan::default()
@@ -159,6 +160,7 @@ async fn what_virtiofsd_holds_open_does_not_stop_the_removal() {
         recursive: true,
         access: Access::Writable,
         propagation: Propagation::Private,
+        ids: None,
     };
     let volumes = volume::VolumePlan { binds: vec![bind], ..volume::VolumePlan::default() };
     volume::attach(&bed.host, &bed.share, "web", &volumes).await.expect("attaches");

@@ -12,6 +12,7 @@ use serde_json::{Map, Value, json};
 
 use crate::container::device;
 use crate::error::{Error, Result};
+use crate::idmap::IdMappings;
 
 /// Annotation of CRI specs: `sandbox` or `container`.
 const CONTAINER_TYPE: &[&str] = &["io.kubernetes.cri.container-type", "io.kubernetes.cri-o.ContainerType"];
@@ -84,6 +85,37 @@ pub fn host_ipc_refused() -> Error {
     )
 }
 
+/// The maps of the user namespace that the spec asks for; None for the guest's own.
+///
+/// A path that the spec gives to it is one of the host's, of a namespace with the same maps, and says nothing more.
+pub fn user_namespace(spec: &Value) -> Result<Option<IdMappings>> {
+    let mappings = spec.get("linux").map_or(Ok(None), |linux| IdMappings::of_oci(linux, "linux."))?;
+    let asked = namespaces(spec).iter().any(|(kind, _)| kind == "user");
+    match (asked, mappings) {
+        (true, Some(mappings)) => mappings.with_root("linux.uidMappings", "linux.gidMappings").map(Some),
+        (false, None) => Ok(None),
+        (true, None) => Err(Error::invalid(
+            "linux.uidMappings and linux.gidMappings are missing although linux.namespaces asks for a user namespace",
+        )),
+        (false, Some(_)) => Err(Error::invalid(
+            "linux.uidMappings and linux.gidMappings are given although linux.namespaces asks for no user namespace",
+        )),
+    }
+}
+
+/// Fails for a container whose user namespace is not that of its pod, `pods`: all containers of a pod share one.
+pub fn check_user_namespace(spec: &Value, pods: Option<&IdMappings>) -> Result<()> {
+    let said = |mappings: Option<&IdMappings>| mappings.map_or_else(|| "none".to_owned(), ToString::to_string);
+    match user_namespace(spec)? {
+        own if own.as_ref() == pods => Ok(()),
+        own => Err(Error::invalid(format!(
+            "the user namespace by linux.namespaces and linux.uidMappings is {}, expected that of the pod, {}",
+            said(own.as_ref()),
+            said(pods)
+        ))),
+    }
+}
+
 /// The namespaced sysctls of the spec.
 pub fn sysctls(spec: &Value) -> BTreeMap<String, String> {
     let Some(map) = spec.pointer("/linux/sysctl").and_then(Value::as_object) else { return BTreeMap::new() };
@@ -150,9 +182,13 @@ fn guest_linux(linux: &mut Map<String, Value>, pid_namespace: &PidNamespace, dro
     for key in ["intelRdt", "mountLabel", "netDevices", "memoryPolicy", "personality", "timeOffsets"] {
         drop_key(linux, "linux.", key, dropped);
     }
-    for key in ["uidMappings", "gidMappings"] {
-        drop_key(linux, "linux.", key, dropped);
-    }
+    // The guest knows the maps of the pod's user namespace by the sandbox.
+    linux.remove("uidMappings");
+    linux.remove("gidMappings");
+    let user = linux
+        .get("namespaces")
+        .and_then(Value::as_array)
+        .is_some_and(|list| list.iter().any(|namespace| namespace.get("type").is_some_and(|kind| kind == "user")));
     if device::retain(linux)? {
         dropped.push("linux.devices".to_owned());
     }
@@ -164,6 +200,9 @@ fn guest_linux(linux: &mut Map<String, Value>, pid_namespace: &PidNamespace, dro
     let mut namespaces = vec![json!({"type": "mount"}), json!({"type": "cgroup"})];
     if *pid_namespace == PidNamespace::Own {
         namespaces.push(json!({"type": "pid"}));
+    }
+    if user {
+        namespaces.push(json!({"type": "user"}));
     }
     linux.insert("namespaces".into(), Value::Array(namespaces));
     if let Some(resources) = linux.get_mut("resources").and_then(Value::as_object_mut) {
@@ -394,6 +433,46 @@ mod tests {
         assert_eq!(error.kind(), crate::error::Kind::InvalidArgument);
         assert!(error.to_string().contains("hostIPC"));
         assert!(check_ipc_namespace(&spec(json!([{"type": "ipc"}]))).is_ok());
+    }
+
+    fn in_user_namespace(namespaces: Value, host_id: u32) -> Value {
+        let mut spec = spec(namespaces);
+        for key in ["uidMappings", "gidMappings"] {
+            spec["linux"][key] = json!([{"containerID": 0, "hostID": host_id, "size": 65_536}]);
+        }
+        spec
+    }
+
+    #[test]
+    fn a_user_namespace_stays_and_loses_what_is_the_hosts() {
+        let asked = in_user_namespace(json!([{"type": "pid"}, {"type": "user", "path": "/proc/77/ns/user"}]), 100_000);
+        assert_eq!(user_namespace(&asked).expect("reads").expect("is there").uids[0].host_id, 100_000);
+        let guest = translate(asked, Some(77)).expect("translates");
+        let expected = json!([{"type": "mount"}, {"type": "cgroup"}, {"type": "pid"}, {"type": "user"}]);
+        assert_eq!(guest.spec["linux"]["namespaces"], expected);
+        assert!(guest.spec["linux"].get("uidMappings").is_none());
+        assert_eq!(user_namespace(&spec(json!([{"type": "pid"}]))).expect("reads"), None);
+    }
+
+    #[test]
+    fn a_user_namespace_other_than_the_pods_is_refused_by_its_fields() {
+        let user = json!([{"type": "user"}]);
+        let pods = user_namespace(&in_user_namespace(user.clone(), 100_000)).expect("reads");
+        check_user_namespace(&in_user_namespace(user.clone(), 100_000), pods.as_ref()).expect("is the same");
+        check_user_namespace(&spec(json!([])), None).expect("there is none");
+        let refused = |spec: &Value, pods: Option<&IdMappings>| {
+            let error = check_user_namespace(spec, pods).expect_err("is refused");
+            assert_eq!(error.kind(), crate::error::Kind::InvalidArgument);
+            error.to_string()
+        };
+        assert_eq!(
+            refused(&in_user_namespace(user.clone(), 200_000), pods.as_ref()),
+            "the user namespace by linux.namespaces and linux.uidMappings is users 0:200000:65536, groups 0:200000:65536, \
+             expected that of the pod, users 0:100000:65536, groups 0:100000:65536"
+        );
+        assert!(refused(&spec(json!([])), pods.as_ref()).contains("is none, expected that of the pod, users 0:100000"));
+        assert!(refused(&spec(user), None).contains("linux.uidMappings and linux.gidMappings are missing"));
+        assert!(refused(&in_user_namespace(json!([]), 1), None).contains("asks for no user namespace"));
     }
 
     #[test]

@@ -34,6 +34,7 @@ use crate::guest::client::{Guest, GuestEvent, GuestTask};
 use crate::guest::listener::{Listener, ListenerTask};
 use crate::guest::transport::{Transport, TransportLaunch};
 use crate::host::HostThread;
+use crate::idmap::{IdMapping, IdMappings};
 use crate::namespace::{self, ShareRoot};
 use crate::network::forward::Forward;
 use crate::network::{self, PodNetwork};
@@ -110,6 +111,8 @@ pub struct Access {
     pub place: Place,
     /// Files that every container of the pod gets; None where containerd makes them.
     pub etc: Option<EtcFiles>,
+    /// The maps of the pod's user namespace; None if it has none.
+    pub user_namespace: Option<IdMappings>,
     /// What the VM can give.
     pub ceiling: Ceiling,
 }
@@ -407,6 +410,7 @@ async fn assemble(
         directory: identity.directory.clone(),
         cgroup: cgroup.procs()?,
         oom_score_adj: plan.oom_score_adj,
+        user_namespace: request.spec.user_namespace.is_some(),
     };
     let transport = TransportLaunch {
         program: {
@@ -500,6 +504,7 @@ async fn assemble(
         listener,
         place: Place { host, share, disks: vm.disks() },
         etc,
+        user_namespace: request.spec.user_namespace.clone(),
         ceiling: Ceiling { limits: request.spec.limits, size: plan.size },
     })
 }
@@ -614,6 +619,19 @@ fn create_sandbox(spec: &SandboxSpec, network: &PodNetwork) -> agent::CreateSand
         neighbours: network.neighbours.clone(),
         shm_size_bytes: spec.shm_bytes,
         share_tag: SHARE_TAG.into(),
+        user_namespace: spec.user_namespace.as_ref().map(|mappings| {
+            // Ids outside are in the guest what they are on the host.
+            let ranges = |map: &[IdMapping]| {
+                map.iter()
+                    .map(|&IdMapping { container_id, host_id, size }| agent::IdMapping {
+                        container_id,
+                        guest_id: host_id,
+                        size,
+                    })
+                    .collect()
+            };
+            agent::UserNamespace { uids: ranges(&mappings.uids), gids: ranges(&mappings.gids) }
+        }),
     }
 }
 

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use crate::container::ContainerId;
 use crate::container::spec::{self, Role};
 use crate::error::{Kind, Result, WithKind};
+use crate::idmap::IdMappings;
 use crate::network;
 use crate::sandbox::CreateTask;
 use crate::sizing::Limits;
@@ -46,6 +47,8 @@ pub struct SandboxSpec {
     pub oom_score_adj: Option<i32>,
     /// Size of the pod's /dev/shm.
     pub shm_bytes: u64,
+    /// The maps of the pod's user namespace; None for none.
+    pub user_namespace: Option<IdMappings>,
     /// The files that the shim makes for the pod's containers; None where containerd does.
     pub etc: Option<Etc>,
 }
@@ -81,6 +84,7 @@ impl SandboxSpec {
             annotations: spec::annotations(&task.spec),
             oom_score_adj: oom_score_adj(&task.spec),
             shm_bytes: SHM_BYTES,
+            user_namespace: spec::user_namespace(&task.spec)?,
             etc: None,
         })
     }

@@ -12,6 +12,7 @@ use serde::Deserialize;
 use crate::container::ContainerId;
 use crate::container::spec::host_ipc_refused;
 use crate::error::{Error, Kind, Result, WithKind};
+use crate::idmap::{IdMapping, IdMappings};
 use crate::network;
 use crate::sandbox::spec::{PodResources, SHM_BYTES, SandboxSpec};
 use crate::storage::etc::{Dns, Etc};
@@ -82,6 +83,21 @@ struct NamespaceOption {
 struct UserNamespace {
     #[prost(int32, tag = "1")]
     mode: i32,
+    #[prost(message, repeated, tag = "2")]
+    uids: Vec<CriIdMapping>,
+    #[prost(message, repeated, tag = "3")]
+    gids: Vec<CriIdMapping>,
+}
+
+/// `IDMapping`.
+#[derive(Clone, Copy, PartialEq, Message)]
+struct CriIdMapping {
+    #[prost(uint32, tag = "1")]
+    host_id: u32,
+    #[prost(uint32, tag = "2")]
+    container_id: u32,
+    #[prost(uint32, tag = "3")]
+    length: u32,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -131,6 +147,7 @@ pub fn sandbox_spec(
         netns: Some(netns),
         hostname: hostname.clone(),
         sysctls: sysctls(linux.sysctls, namespaces.userns_options.as_ref()),
+        user_namespace: namespaces.userns_options.as_ref().map_or(Ok(None), user_namespace)?,
         cgroups_path: cgroups_path(&linux.cgroup_parent, id),
         limits: linux.resources.map(PodResources::from).unwrap_or_default().limits(),
         annotations: config.annotations.into_iter().collect(),
@@ -149,6 +166,31 @@ fn netns(path: &str, mode: i32) -> Result<PathBuf> {
         return Err(Error::invalid(format!("path {path:?} of the network namespace is not absolute")));
     }
     Ok(path.into())
+}
+
+/// The maps of a user namespace for the pod; None for the node's.
+fn user_namespace(options: &UserNamespace) -> Result<Option<IdMappings>> {
+    const FIELD: &str = "linux.security_context.namespace_options.userns_options";
+    match options.mode {
+        MODE_NODE => return Ok(None),
+        MODE_POD => {}
+        other => {
+            return Err(Error::invalid(format!(
+                "{FIELD}.mode is {other}, expected {MODE_POD} (POD) or {MODE_NODE} (NODE)"
+            )));
+        }
+    }
+    let ranges = |map: &[CriIdMapping]| {
+        map.iter()
+            .map(|&CriIdMapping { host_id, container_id, length }| IdMapping { container_id, host_id, size: length })
+            .collect()
+    };
+    let mappings = IdMappings { uids: ranges(&options.uids), gids: ranges(&options.gids) };
+    let (uids, gids) = (format!("{FIELD}.uids"), format!("{FIELD}.gids"));
+    match mappings.checked(&uids, &gids)? {
+        Some(mappings) => mappings.with_root(&uids, &gids).map(Some),
+        None => Err(Error::invalid(format!("{FIELD}.mode is POD, and uids and gids are missing"))),
+    }
 }
 
 fn sysctls(asked: HashMap<String, String>, user_namespace: Option<&UserNamespace>) -> BTreeMap<String, String> {
@@ -317,7 +359,9 @@ mod tests {
 
     #[test]
     fn sysctls_have_containerds_defaults_unless_the_pod_has_its_own() {
-        let with = |sysctls: &[(&str, &str)], userns_options| {
+        let with = |sysctls: &[(&str, &str)], mode: Option<i32>| {
+            let ids = vec![CriIdMapping { host_id: 100_000, container_id: 0, length: 65_536 }];
+            let userns_options = mode.map(|mode| UserNamespace { mode, uids: ids.clone(), gids: ids });
             let namespace_options = Some(NamespaceOption { network: MODE_POD, ipc: MODE_POD, userns_options });
             let linux = LinuxPodSandboxConfig {
                 sysctls: map(sysctls),
@@ -328,10 +372,28 @@ mod tests {
         };
         let defaults = [UNPRIVILEGED_PORTS, UNPRIVILEGED_PING];
         assert_eq!(with(&[], None), map(&defaults).into_iter().collect());
-        assert_eq!(with(&[], Some(UserNamespace { mode: MODE_NODE })), map(&defaults).into_iter().collect());
-        assert_eq!(with(&[], Some(UserNamespace { mode: MODE_POD })), map(&defaults[..1]).into_iter().collect());
+        assert_eq!(with(&[], Some(MODE_NODE)), map(&defaults).into_iter().collect());
+        assert_eq!(with(&[], Some(MODE_POD)), map(&defaults[..1]).into_iter().collect());
         let own = [(UNPRIVILEGED_PORTS.0, "1024"), (UNPRIVILEGED_PING.0, "1 0"), ("net.ipv4.tcp_syncookies", "0")];
         assert_eq!(with(&own, None), map(&own).into_iter().collect());
+    }
+
+    #[test]
+    fn a_user_namespace_is_the_pods_or_the_nodes_or_refused_by_its_field() {
+        let range = |host_id, length| CriIdMapping { host_id, container_id: 0, length };
+        let of = |mode, map: Vec<CriIdMapping>| user_namespace(&UserNamespace { mode, uids: map.clone(), gids: map });
+        let pods = of(MODE_POD, vec![range(100_000, 65_536)]).expect("reads").expect("is there");
+        assert_eq!(pods.to_string(), "users 0:100000:65536, groups 0:100000:65536");
+        assert_eq!(of(MODE_NODE, vec![]).expect("reads"), None);
+        for (error, said) in [
+            (of(1, vec![]), "userns_options.mode is 1"),
+            (of(MODE_POD, vec![]), "uids and gids are missing"),
+            (of(MODE_POD, vec![range(100_000, 0)]), "userns_options.uids has a range of 0 ids"),
+        ] {
+            let error = error.expect_err("is refused");
+            assert_eq!(error.kind(), Kind::InvalidArgument);
+            assert!(error.to_string().contains(said), "{error}");
+        }
     }
 
     #[test]

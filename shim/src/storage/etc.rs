@@ -12,6 +12,8 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use serde_json::{Value, json};
 
+use crate::idmap::IdMappings;
+
 /// Name of their directory in the run state.
 const DIRECTORY: &str = "etc";
 
@@ -71,8 +73,8 @@ impl EtcFiles {
     /// Mounts them in a container's OCI `spec`, each unless the pod's author mounts something in its place.
     ///
     /// Writable unless the root is read-only, as containerd does. A tmpfs at `/dev/shm` is what its default spec has, and
-    /// gives way to the pod's.
-    pub fn add_to(&self, spec: &mut Value) {
+    /// gives way to the pod's. The files belong to the root of the pod's user namespace, if it has one.
+    pub fn add_to(&self, spec: &mut Value, user_namespace: Option<&IdMappings>) {
         let read_only = spec.pointer("/root/readonly").and_then(Value::as_bool).unwrap_or_default();
         let access = if read_only { "ro" } else { "rw" };
         let Some(object) = spec.as_object_mut() else { return };
@@ -92,7 +94,11 @@ impl EtcFiles {
             if mounts.iter().any(|mount| is_at(mount, &destination)) {
                 continue;
             }
-            let mount = json!({"destination": destination, "type": "bind", "source": source, "options": options});
+            let mut mount = json!({"destination": destination, "type": "bind", "source": source, "options": options});
+            if let Some(mappings) = user_namespace.filter(|_| destination != SHM) {
+                mount["uidMappings"] = json!(mappings.uids);
+                mount["gidMappings"] = json!(mappings.gids);
+            }
             // What lies below it must be mounted after it.
             let below = mounts.iter().position(|mount| path_of(mount).starts_with(&destination));
             mounts.insert(below.unwrap_or(mounts.len()), mount);
@@ -145,7 +151,7 @@ mod tests {
         let mut spec = json!({"root": {"readonly": true}, "mounts": [
             {"destination": "/proc", "type": "proc"},
             {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["size=65536k"]}]});
-        files().add_to(&mut spec);
+        files().add_to(&mut spec, None);
         let expected = ["/proc", "/etc/hostname", "/etc/hosts", "/etc/resolv.conf", "/dev/shm"];
         assert_eq!(destinations(&spec), expected);
         let hosts = json!({"destination": "/etc/hosts", "type": "bind", "source": "/run/pod/etc/hosts",
@@ -159,7 +165,7 @@ mod tests {
         let volume = json!({"destination": "/etc/hosts/", "type": "bind", "source": "/var/lib/kubelet/hosts"});
         let own_shm = json!({"destination": "/dev/shm", "type": "bind", "source": "/var/lib/kubelet/memory"});
         let mut spec = json!({"mounts": [volume, own_shm]});
-        files().add_to(&mut spec);
+        files().add_to(&mut spec, None);
         assert_eq!(destinations(&spec), ["/etc/hosts/", "/dev/shm", "/etc/hostname", "/etc/resolv.conf"]);
         assert_eq!((&spec["mounts"][0], &spec["mounts"][1]), (&volume, &own_shm));
     }
@@ -167,20 +173,32 @@ mod tests {
     #[test]
     fn a_volume_below_comes_after() {
         let mut spec = json!({"mounts": [{"destination": "/dev/shm/data", "type": "bind", "source": "/data"}]});
-        files().add_to(&mut spec);
+        files().add_to(&mut spec, None);
         let order = destinations(&spec);
         let at = |path| order.iter().position(|found| *found == path).expect(path);
         assert!(at("/dev/shm") < at("/dev/shm/data"), "{order:?}");
     }
 
     #[test]
+    fn the_files_belong_to_the_root_of_a_user_namespace() {
+        let mappings = IdMappings::of_mount_options(Some("0:100000:65536"), Some("0:100000:65536")).expect("reads");
+        let mut spec = json!({});
+        files().add_to(&mut spec, mappings.as_ref());
+        let map = json!([{"containerID": 0, "hostID": 100_000, "size": 65_536}]);
+        for mount in spec["mounts"].as_array().expect("a list") {
+            let expected = (mount["destination"] != SHM).then_some(&map);
+            assert_eq!((mount.get("uidMappings"), mount.get("gidMappings")), (expected, expected), "{mount}");
+        }
+    }
+
+    #[test]
     fn a_spec_without_mounts_is_no_obstacle() {
         for mut spec in [json!({}), json!({"mounts": null})] {
-            files().add_to(&mut spec);
+            files().add_to(&mut spec, None);
             assert_eq!(destinations(&spec).len(), 4);
         }
         let mut broken = json!({"mounts": "many"});
-        files().add_to(&mut broken);
+        files().add_to(&mut broken, None);
         assert_eq!(broken, json!({"mounts": "many"}));
     }
 

@@ -13,6 +13,7 @@ use rustix::mount::MountFlags;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::idmap::IdMappings;
 
 /// One mount of `CreateTaskRequest.rootfs`, in containerd's words.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -41,6 +42,9 @@ pub enum RootfsPlan {
         recursive: bool,
         /// Not even the guest may write.
         read_only: bool,
+        /// The user namespace through which owners are seen; `None` shows them as they are.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        ids: Option<IdMappings>,
     },
     /// A file system on a block device of the host, or in an image file.
     Device(Device),
@@ -57,6 +61,9 @@ pub struct Overlay {
     pub options: Vec<String>,
     /// The mount is read-only whatever `upper` says.
     pub read_only: bool,
+    /// The user namespace through which the owners of the lower layers are seen; `None` shows them as they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ids: Option<IdMappings>,
 }
 
 /// The writable part of an overlay.
@@ -90,11 +97,11 @@ const MAX_DATA: usize = 4095;
 /// Decides how `mounts` become a rootfs.
 ///
 /// `premounted` is the spec's `root.path` and counts only when there are no mounts. Errors name what arrived and what would
-/// be accepted; user-namespace mappings of layers are ignored, since a guest has the files' owners as they are.
+/// be accepted.
 pub fn plan_rootfs(mounts: &[Mount], premounted: Option<&Path>) -> Result<RootfsPlan> {
     let mount = match (mounts, premounted) {
         ([], Some(path)) if path.is_absolute() => {
-            return Ok(RootfsPlan::Bind { source: path.to_owned(), recursive: true, read_only: false });
+            return Ok(RootfsPlan::Bind { source: path.to_owned(), recursive: true, read_only: false, ids: None });
         }
         ([], Some(path)) => {
             return Err(Error::invalid(format!(
@@ -120,7 +127,7 @@ pub fn plan_rootfs(mounts: &[Mount], premounted: Option<&Path>) -> Result<Rootfs
         // dm-verity is such an option; to leave it out would be to give up what was asked for.
         return Err(Error::invalid(format!("rootfs: mount option {option:?} is not supported")));
     }
-    let options = Options::parse(&mount.options);
+    let options = Options::parse(&mount.options).map_err(|error| error.context("rootfs"))?;
     match mount.fstype.as_str() {
         "overlay" => plan_overlay(options).map(RootfsPlan::Overlay),
         "bind" | "rbind" => plan_bind(mount, &options),
@@ -137,6 +144,7 @@ pub fn plan_rootfs(mounts: &[Mount], premounted: Option<&Path>) -> Result<Rootfs
 struct Options {
     bind: Option<Recursive>,
     read_only: bool,
+    ids: Option<IdMappings>,
     /// What remains for the file system.
     data: Vec<String>,
 }
@@ -144,8 +152,10 @@ struct Options {
 type Recursive = bool;
 
 impl Options {
-    fn parse(options: &[String]) -> Self {
-        let mut parsed = Self { bind: None, read_only: false, data: Vec::new() };
+    fn parse(options: &[String]) -> Result<Self> {
+        let mut parsed = Self { bind: None, read_only: false, ids: None, data: Vec::new() };
+        let map = |key| options.iter().rev().find_map(|option| option.strip_prefix(key));
+        parsed.ids = IdMappings::of_mount_options(map("uidmap="), map("gidmap="))?;
         for option in options {
             match option.as_str() {
                 "ro" => parsed.read_only = true,
@@ -161,7 +171,7 @@ impl Options {
                 _ => parsed.data.push(option.clone()),
             }
         }
-        parsed
+        Ok(parsed)
     }
 }
 
@@ -174,7 +184,7 @@ fn plan_bind(mount: &Mount, options: &Options) -> Result<RootfsPlan> {
         return Err(Error::invalid(format!("rootfs: option {option:?} has no meaning for a bind mount")));
     }
     let recursive = options.bind == Some(true) || mount.fstype == "rbind";
-    Ok(RootfsPlan::Bind { source, recursive, read_only: options.read_only })
+    Ok(RootfsPlan::Bind { source, recursive, read_only: options.read_only, ids: options.ids.clone() })
 }
 
 fn plan_overlay(options: Options) -> Result<Overlay> {
@@ -200,10 +210,17 @@ fn plan_overlay(options: Options) -> Result<Overlay> {
         return Err(Error::invalid("rootfs: an overlay needs a lowerdir"));
     }
     let read_only = options.read_only || upper.is_none();
-    Ok(Overlay { lower, upper, options: rest, read_only })
+    Ok(Overlay { lower, upper, options: rest, read_only, ids: options.ids })
 }
 
 fn plan_device(mount: &Mount, options: Options) -> Result<Device> {
+    if options.ids.is_some() {
+        return Err(Error::invalid(format!(
+            "rootfs: options uidmap and gidmap are not supported for {} on {:?}; accepted are a device whose files have \
+             the user namespace's owners, overlay and bind",
+            mount.fstype, mount.source
+        )));
+    }
     if let Some(option) = options.data.iter().find(|option| option.starts_with("device=")) {
         return Err(Error::invalid(format!(
             "rootfs: option {option:?} of {} on {:?} is not supported; accepted is one device, or a snapshotter that mounts its layers itself, such as overlayfs",
@@ -324,7 +341,7 @@ mod tests {
             ),
             (
                 "overlayfs in a user namespace",
-                mount("overlay", "overlay", &["uidmap=0:1000:10", "lowerdir=/s/8/fs", "userxattr"]),
+                mount("overlay", "overlay", &["uidmap=0:1000:10", "gidmap=0:2000:10", "lowerdir=/s/8/fs", "userxattr"]),
             ),
             ("overlayfs view", mount("overlay", "overlay", &["lowerdir=/s/8/fs:/s/7/fs"])),
             ("overlayfs single layer", mount("bind", "/s/1/fs", &["rw", "rbind"])),
@@ -352,8 +369,12 @@ mod tests {
     #[test]
     fn a_rootfs_that_cri_o_has_mounted_is_bound() {
         let plan = plan_rootfs(&[], Some(Path::new("/run/containers/1/merged"))).expect("is planned");
-        let expected =
-            RootfsPlan::Bind { source: "/run/containers/1/merged".into(), recursive: true, read_only: false };
+        let expected = RootfsPlan::Bind {
+            source: "/run/containers/1/merged".into(),
+            recursive: true,
+            read_only: false,
+            ids: None,
+        };
         assert_eq!(plan, expected);
         assert!(plan_rootfs(&[], Some(Path::new("rootfs"))).is_err());
         assert!(plan_rootfs(&[], None).is_err());
@@ -369,6 +390,9 @@ mod tests {
         assert!(refusal(&[mount("overlay", "overlay", &[])]).contains("lowerdir"));
         assert!(refusal(&[mount("bind", "rel", &["rbind"])]).contains("\"rel\""));
         assert!(refusal(&[mount("bind", "/a", &["size=3"])]).contains("size=3"));
+        let mapped = mount("ext4", "/dev/vdb", &["uidmap=0:1000:10", "gidmap=0:1000:10"]);
+        assert!(refusal(&[mapped]).contains("uidmap and gidmap are not supported for ext4"));
+        assert!(refusal(&[mount("bind", "/a", &["uidmap=0:1000:10"])]).contains("gidmap has 0 ranges"));
         let chain = [mount("erofs", "/1", &[]), mount("format/mkdir/overlay", "overlay", &[])];
         assert!(refusal(&chain).contains("2 mounts (erofs, format/mkdir/overlay)"));
     }
@@ -382,7 +406,7 @@ mod tests {
     fn many_layers_fit_because_their_common_directory_is_left_out() {
         let root = "/var/lib/containerd/io.containerd.snapshotter.v1.overlayfs/snapshots";
         let lower: Vec<String> = (0..120).map(|n| format!("{root}/{n}/fs")).collect();
-        let overlay = Overlay { lower, upper: None, options: vec![], read_only: true };
+        let overlay = Overlay { lower, upper: None, options: vec![], read_only: true, ids: None };
         let (data, directory) = overlay.data().expect("fits");
         assert_eq!(directory.as_deref(), Some(Path::new(root)));
         assert!(data.starts_with("lowerdir=0/fs:1/fs:2/fs:"), "{data}");
@@ -391,10 +415,11 @@ mod tests {
 
     #[test]
     fn few_layers_stay_absolute_and_too_many_are_refused() {
-        let few = Overlay { lower: vec!["/a".into(), "/b".into()], upper: None, options: vec![], read_only: true };
+        let few =
+            Overlay { lower: vec!["/a".into(), "/b".into()], upper: None, options: vec![], read_only: true, ids: None };
         assert_eq!(few.data().expect("fits"), ("lowerdir=/a:/b".into(), None));
         let lower = (0..500).map(|n| format!("/{n}/{}", "x".repeat(40))).collect();
-        let many = Overlay { lower, upper: None, options: vec![], read_only: true };
+        let many = Overlay { lower, upper: None, options: vec![], read_only: true, ids: None };
         assert!(many.data().expect_err("is refused").to_string().contains("500 overlay layers"));
     }
 }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use bulkhead_proto::agent::{GuestMount, guest_mount::Source};
 use rustix::mount::MountFlags;
 
+use super::layers::Layers;
 use super::plan::{Device, Overlay, RootfsPlan};
 use crate::error::{Error, Result};
 use crate::host::HostThread;
@@ -30,9 +31,15 @@ pub async fn attach(
     let relative = share_path(container_id);
     let context = format!("rootfs of container {container_id}");
     let mounted = match plan.clone() {
-        RootfsPlan::Bind { source, recursive, read_only } => {
+        RootfsPlan::Bind { source, recursive, read_only, ids } => {
             let access = if read_only { Access::ReadOnly } else { Access::Writable };
-            let opened = tokio::task::spawn_blocking(move || Tree::open(&source, recursive));
+            let opened = tokio::task::spawn_blocking(move || {
+                let tree = Tree::open(&source, recursive)?;
+                if let Some(ids) = ids {
+                    tree.map_ids(&ids.namespace()?, recursive)?;
+                }
+                Ok::<_, Error>(tree)
+            });
             let opened = opened.await.map_err(|error| Error::internal(format!("open the directory: {error}")))?;
             let tree = opened.map_err(|error| error.context(context.clone()))?;
             if !tree.is_dir() {
@@ -40,9 +47,18 @@ pub async fn attach(
             }
             on_host(host, share, &relative, move |target| tree.attach(target, access, Propagation::Private)).await
         }
-        RootfsPlan::Overlay(overlay) => {
-            on_host(host, share, &relative, move |target| mount_overlay(&overlay, target)).await
-        }
+        RootfsPlan::Overlay(overlay) => match overlay.ids.clone() {
+            None => on_host(host, share, &relative, move |target| mount_overlay(&overlay, target)).await,
+            Some(ids) => {
+                let opened = tokio::task::spawn_blocking(move || Ok((Layers::open(&overlay, &ids)?, overlay)));
+                let opened: Result<_> =
+                    opened.await.map_err(|error| Error::internal(format!("open the layers: {error}")))?;
+                let (layers, overlay) = opened.map_err(|error| error.context(context.clone()))?;
+                let (shared, container_id) = (share.clone(), container_id.to_owned());
+                let mount = move |target: &Path| layers.mount(&overlay, &shared, &container_id, target);
+                on_host(host, share, &relative, mount).await
+            }
+        },
         RootfsPlan::Device(device) => {
             on_host(host, share, &relative, move |target| mount_device(&device, target)).await
         }

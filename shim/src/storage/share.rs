@@ -52,6 +52,9 @@ pub struct ShareLaunch {
     pub cgroup: Vec<OwnedFd>,
     /// None leaves what the shim has.
     pub oom_score_adj: Option<i32>,
+    /// The pod has a user namespace. Then the root of its containers is not root to virtiofsd, which makes files as the user
+    /// that asks for them, and would be refused where the guest's kernel has found the capability that allows it.
+    pub user_namespace: bool,
 }
 
 /// A running virtiofsd.
@@ -68,7 +71,13 @@ impl Share {
             let path = launch.directory.join("virtiofsd.sock");
             tokio::task::spawn_blocking(move || socket_pair(&path)).await.context("make virtiofsd's socket")??
         };
-        let credentials = Credentials { uid: 0, gid: 0, groups: Vec::new(), capabilities: KEPT.union(AT_START) };
+        let credentials = Credentials {
+            uid: 0,
+            gid: 0,
+            groups: Vec::new(),
+            capabilities: KEPT.union(AT_START),
+            keep_for_others: launch.user_namespace,
+        };
         let mut config = ChildConfig::new("virtiofsd", launch.program, credentials);
         config.args = [
             format!("--fd={LISTENER_FD}"),

@@ -13,10 +13,12 @@
 //!
 //! Directories are shared as they are, so updates of `ConfigMap`s, Secrets and projected tokens arrive; a file is shared by
 //! itself, never its directory. Memory-backed `emptyDir`s are shared like every other one, so that all see their content.
-//! Id-mapped mounts lose their mapping: the container's user namespace is not made in the guest either, so the owners that
-//! it would have seen are the files' own.
+//! Id-mapped binds are mapped here, on the host, by the kernel that has the file system: the guest sees the owners as they
+//! are in the user namespace's parent, and makes that namespace with the same maps. So what it writes has the owner on the
+//! host that it would have with runc, mapped or not.
 //! See <https://github.com/opencontainers/runtime-spec/blob/main/config.md#mounts>.
 
+use std::os::fd::OwnedFd;
 use std::path::{Component, Path, PathBuf};
 
 use bulkhead_proto::{SHARE_SCHEME, SHM_SOURCE};
@@ -25,6 +27,7 @@ use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
 use crate::host::HostThread;
+use crate::idmap::IdMappings;
 use crate::namespace::{Access, Propagation, ShareRoot, Tree};
 
 /// Whose volumes are planned.
@@ -36,6 +39,8 @@ pub struct Owner<'a> {
     pub sandbox_id: &'a str,
     /// Directory of the spec; relative sources begin here.
     pub bundle: &'a Path,
+    /// The maps of its user namespace, which `idmap` without maps of its own means; None if it has none.
+    pub user_namespace: Option<&'a IdMappings>,
 }
 
 /// A file or directory of the host that goes into the share.
@@ -53,6 +58,17 @@ pub struct Bind {
     pub access: Access,
     /// Whether later mounts below the source arrive.
     pub propagation: Propagation,
+    /// How owners are seen; `None` is as they are.
+    pub ids: Option<Ids>,
+}
+
+/// Maps through which the owners of a bind's files are seen and set.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ids {
+    /// The maps.
+    pub mappings: IdMappings,
+    /// For the mounts below the bind too (`ridmap`).
+    pub recursive: bool,
 }
 
 /// What becomes of a spec's mounts.
@@ -101,9 +117,21 @@ const KERNEL_SOURCES: [(&str, &str); 11] = [
     ("/sys/kernel/tracing", "tracefs"),
 ];
 
-/// Options that say how a mount is made or propagates, not what it allows; the guest gets its own.
-const PROPAGATION: [&str; 10] =
-    ["bind", "rbind", "private", "rprivate", "slave", "rslave", "shared", "rshared", "unbindable", "runbindable"];
+/// Options that say how a mount is made, propagates or maps ids, not what it allows; the guest gets its own.
+const OF_THE_MOUNT: [&str; 12] = [
+    "bind",
+    "rbind",
+    "private",
+    "rprivate",
+    "slave",
+    "rslave",
+    "shared",
+    "rshared",
+    "unbindable",
+    "runbindable",
+    "idmap",
+    "ridmap",
+];
 
 /// Options of the OCI spec that reach the mounts below, by the name that `mount(8)` has for one mount.
 const RECURSIVE: [(&str, &str); 8] = [
@@ -139,7 +167,8 @@ struct SpecMount {
     fstype: String,
     source: String,
     options: Vec<String>,
-    idmapped: bool,
+    /// `uidMappings` and `gidMappings`.
+    mappings: Option<IdMappings>,
 }
 
 impl SpecMount {
@@ -149,23 +178,36 @@ impl SpecMount {
             Some(Value::String(text)) => Ok(text.clone()),
             Some(_) => Err(Error::invalid(format!("{key} is not a string"))),
         };
-        let mut options = Vec::new();
-        let mut idmapped = ["uidMappings", "gidMappings"]
-            .iter()
-            .any(|key| value.get(key).and_then(Value::as_array).is_some_and(|mappings| !mappings.is_empty()));
-        for option in value.get("options").and_then(Value::as_array).into_iter().flatten() {
-            let option = option.as_str().ok_or_else(|| Error::invalid("options are not all strings"))?;
-            if matches!(option, "idmap" | "ridmap") {
-                idmapped = true;
-            } else {
-                options.push(option.to_owned());
-            }
-        }
+        let options = value.get("options").and_then(Value::as_array).into_iter().flatten();
+        let string = |option: &Value| option.as_str().map(str::to_owned);
+        let options = options.map(string).collect::<Option<Vec<_>>>();
+        let options = options.ok_or_else(|| Error::invalid("options are not all strings"))?;
         let destination = text("destination")?;
         if destination.is_empty() {
             return Err(Error::invalid("destination is missing"));
         }
-        Ok(Self { destination, fstype: text("type")?, source: text("source")?, options, idmapped })
+        Ok(Self {
+            destination,
+            fstype: text("type")?,
+            source: text("source")?,
+            options,
+            mappings: IdMappings::of_oci(value, "")?,
+        })
+    }
+
+    /// How a bind shows owners, in a container whose user namespace has the maps `user_namespace`.
+    fn ids(&self, user_namespace: Option<&IdMappings>) -> Result<Option<Ids>> {
+        let recursive = self.has("ridmap");
+        match (&self.mappings, user_namespace) {
+            (Some(mappings), _) => Ok(Some(Ids { mappings: mappings.clone(), recursive })),
+            (None, _) if !recursive && !self.has("idmap") => Ok(None),
+            (None, Some(own)) => Ok(Some(Ids { mappings: own.clone(), recursive })),
+            (None, None) => Err(Error::invalid(format!(
+                "mount at {:?}: option {} needs uidMappings and gidMappings, or a container with a user namespace",
+                self.destination,
+                if recursive { "ridmap" } else { "idmap" }
+            ))),
+        }
     }
 
     /// Whether the kernel would be asked for a bind: by the type's name, or by an option, as runc sees it.
@@ -193,21 +235,24 @@ impl SpecMount {
             let found = RECURSIVE.iter().find(|(recursive, _)| recursive == option);
             found.map_or_else(|| option.clone(), |(_, plain)| (*plain).to_owned())
         };
-        self.options.iter().filter(|option| !PROPAGATION.contains(&option.as_str())).map(plain).collect()
+        self.options.iter().filter(|option| !OF_THE_MOUNT.contains(&option.as_str())).map(plain).collect()
     }
 }
 
 fn plan_mount(mount: &SpecMount, owner: Owner<'_>, plan: &mut VolumePlan) -> Result<Value> {
     let destination = mount.destination.clone();
-    if mount.idmapped {
-        plan.notes.push(format!("mount at {destination}: id mapping is left out"));
-    }
     if !mount.is_bind() {
         if !GUEST_TYPES.contains(&mount.fstype.as_str()) {
             return Err(Error::invalid(format!(
                 "mount at {destination:?}: type {:?} is not supported; accepted are bind, {}",
                 mount.fstype,
                 GUEST_TYPES.join(", ")
+            )));
+        }
+        if mount.mappings.is_some() || mount.has("idmap") || mount.has("ridmap") {
+            return Err(Error::invalid(format!(
+                "mount at {destination:?}: uidMappings of a {} are not supported; accepted are those of a bind",
+                mount.fstype
             )));
         }
         // Such a source is a label. If it looks like a path of the host it stays on the host all the same.
@@ -243,6 +288,7 @@ fn plan_mount(mount: &SpecMount, owner: Owner<'_>, plan: &mut VolumePlan) -> Res
         recursive: mount.has("rbind") || mount.fstype == "rbind",
         access: mount.access(),
         propagation: if slave { Propagation::Slave } else { Propagation::Private },
+        ids: mount.ids(owner.user_namespace)?,
         source,
     };
     // Recursive whatever the spec says: what lies below is the host's decision, made when the tree was cloned.
@@ -311,7 +357,10 @@ pub async fn attach(host: &HostThread, share: &ShareRoot, container_id: &str, pl
     }
     let binds = plan.binds.clone();
     // Not on the host thread: a source is what the host's own mount table says now.
-    let opened = tokio::task::spawn_blocking(move || binds.into_iter().map(open).collect::<Result<Vec<_>>>());
+    let opened = tokio::task::spawn_blocking(move || {
+        let mut namespaces = Vec::new();
+        binds.into_iter().map(|bind| open(bind, &mut namespaces)).collect::<Result<Vec<_>>>()
+    });
     let trees = opened.await.map_err(|error| Error::internal(format!("open the volumes: {error}")))??;
     let (share, container_id) = (share.clone(), container_id.to_owned());
     let attached = host.run(move || {
@@ -364,12 +413,21 @@ pub async fn spare_mounts_below(container_id: &str, plan: &mut VolumePlan) -> Re
     Ok(())
 }
 
-fn open(bind: Bind) -> Result<(Bind, Tree)> {
+/// Clones a bind's source; `namespaces` are those of the container's id-mapped volumes, most often one for all of them.
+fn open(bind: Bind, namespaces: &mut Vec<(IdMappings, OwnedFd)>) -> Result<(Bind, Tree)> {
     let context = || format!("error mounting \"{}\" to rootfs at {:?}", bind.source.display(), bind.destination);
     let tree = Tree::open(&bind.source, bind.recursive).map_err(|error| error.context(context()))?;
     // A symbolic link may have led to where the plan would not have gone.
     if tree.is_kernel_file_system() || matches!(tree.file_type(), FileType::BlockDevice | FileType::CharacterDevice) {
         return Err(refusal(&bind.source, &bind.destination));
+    }
+    if let Some(ids) = &bind.ids {
+        if !namespaces.iter().any(|(mappings, _)| *mappings == ids.mappings) {
+            namespaces.push((ids.mappings.clone(), ids.mappings.namespace()?));
+        }
+        for (_, namespace) in namespaces.iter().filter(|(mappings, _)| *mappings == ids.mappings) {
+            tree.map_ids(namespace, ids.recursive).map_err(|error| error.context(context()))?;
+        }
     }
     Ok((bind, tree))
 }
@@ -381,7 +439,8 @@ mod tests {
     const SANDBOX: &str = "5f2d";
 
     fn plan(mounts: &Value) -> Result<VolumePlan> {
-        let owner = Owner { container_id: "web", sandbox_id: SANDBOX, bundle: Path::new("/bundle") };
+        let owner =
+            Owner { container_id: "web", sandbox_id: SANDBOX, bundle: Path::new("/bundle"), user_namespace: None };
         plan_volumes(&json!({ "mounts": mounts }), owner)
     }
 
@@ -392,7 +451,8 @@ mod tests {
     #[test]
     fn the_mounts_of_a_cri_container_become_the_golden_file() {
         let spec: Value = serde_json::from_str(include_str!("testdata/cri-spec.json")).expect("is JSON");
-        let owner = Owner { container_id: "web", sandbox_id: SANDBOX, bundle: Path::new("/bundle") };
+        let owner =
+            Owner { container_id: "web", sandbox_id: SANDBOX, bundle: Path::new("/bundle"), user_namespace: None };
         let plan = plan_volumes(&spec, owner).expect("is planned");
         let binds: Vec<String> = plan
             .binds
@@ -447,15 +507,36 @@ mod tests {
     }
 
     #[test]
-    fn id_mappings_are_left_out_and_told() {
-        let mount = json!([{
-            "destination": "/data", "type": "bind", "source": "/a", "options": ["rbind", "ridmap"],
-            "uidMappings": [{"containerID": 0, "hostID": 65536, "size": 65536}]
-        }]);
-        let planned = plan(&mount).expect("is planned");
-        assert_eq!(planned.notes, ["mount at /data: id mapping is left out"]);
-        let text = planned.guest_mounts[0].to_string();
-        assert!(!text.contains("idmap") && !text.contains("Mappings"), "{text}");
+    fn id_mappings_are_the_mounts_own_or_the_containers() {
+        let map = json!([{"containerID": 0, "hostID": 65_536, "size": 65_536}]);
+        let pods = IdMappings::of_mount_options(Some("0:100000:65536"), Some("0:100000:65536")).expect("reads");
+        let ids = |mount: Value, user_namespace: Option<&IdMappings>| {
+            let owner =
+                Owner { container_id: "web", sandbox_id: SANDBOX, bundle: Path::new("/bundle"), user_namespace };
+            let planned = plan_volumes(&json!({ "mounts": [mount] }), owner)?;
+            let text = planned.guest_mounts[0].to_string();
+            assert!(!text.contains("idmap") && !text.contains("Mappings"), "{text}");
+            let ids = planned.binds.into_iter().next().and_then(|bind| bind.ids);
+            Ok::<_, Error>(ids.map(|ids| (ids.mappings.uids[0].host_id, ids.recursive)))
+        };
+        let own = json!({
+            "destination": "/data", "type": "bind", "source": "/a", "options": ["rbind"],
+            "uidMappings": map, "gidMappings": map,
+        });
+        assert_eq!(ids(own, pods.as_ref()).expect("is planned"), Some((65_536, false)));
+        assert_eq!(
+            ids(bind("/a", "/data", &["rbind", "ridmap"]), pods.as_ref()).expect("is planned"),
+            Some((100_000, true))
+        );
+        assert_eq!(ids(bind("/a", "/data", &["rbind"]), pods.as_ref()).expect("is planned"), None);
+        let error = ids(bind("/a", "/data", &["rbind", "idmap"]), None).expect_err("is refused").to_string();
+        assert!(error.contains("option idmap needs uidMappings"), "{error}");
+        let tmpfs = json!({"destination": "/t", "type": "tmpfs", "uidMappings": map, "gidMappings": map});
+        let error = ids(tmpfs, None).expect_err("is refused").to_string();
+        assert!(error.contains("uidMappings of a tmpfs are not supported"), "{error}");
+        // The pod's own shared memory belongs to its root as it is.
+        let shm = json!({"destination": "/dev/shm", "type": "bind", "source": "/dev/shm", "uidMappings": map, "gidMappings": map});
+        assert_eq!(ids(shm, None).expect("is planned"), None);
     }
 
     #[test]

@@ -112,6 +112,7 @@ impl World {
             annotations: BTreeMap::new(),
             oom_score_adj: None,
             shm_bytes: SHM_BYTES,
+            user_namespace: None,
             etc: Some(bulkhead_shim::storage::etc::Etc { hostname: "compartment".into(), dns: None }),
         }
     }
@@ -289,7 +290,15 @@ async fn boot(root: PathBuf, lost: CancellationToken, shared: SharedAgent, reque
     let place = Place { host, share: ShareRoot::new(share), disks: None };
     let etc = request.spec.etc.as_ref().map(|etc| EtcFiles::write(&root, etc).expect("writes"));
     let ceiling = Ceiling { limits: request.spec.limits, size: VmSize { vcpus: 1, memory_mib: 256 } };
-    let access =
-        Access { sandbox_id: World::POD.into(), namespace: "test".into(), guest, listener, place, etc, ceiling };
+    let access = Access {
+        sandbox_id: World::POD.into(),
+        namespace: "test".into(),
+        guest,
+        listener,
+        place,
+        etc,
+        user_namespace: None,
+        ceiling,
+    };
     Ok(Pod::without_vm(access, lost))
 }

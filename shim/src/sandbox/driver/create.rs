@@ -194,6 +194,7 @@ impl Driver {
             let access = driver.access("create container")?;
             let pid_of =
                 |role: Role| driver.containers.values().find(|container| container.role == role).map(|c| c.init.pid());
+            spec::check_user_namespace(&task.spec, access.user_namespace.as_ref())?;
             let guest = spec::translate(task.spec.clone(), pid_of(Role::Sandbox))?;
             let target = match guest.pid_namespace {
                 PidNamespace::OfHostPid(pid) => driver.container_of_pid(pid)?,
@@ -307,9 +308,14 @@ async fn make(access: &Access, task: &CreateTask, guest: spec::GuestSpec, target
     let begun = Instant::now();
     let mut guest_spec = guest.spec;
     if let Some(etc) = &access.etc {
-        etc.add_to(&mut guest_spec);
+        etc.add_to(&mut guest_spec, access.user_namespace.as_ref());
     }
-    let owner = Owner { container_id: &task.id.0, sandbox_id: &access.sandbox_id, bundle: &task.bundle };
+    let owner = Owner {
+        container_id: &task.id.0,
+        sandbox_id: &access.sandbox_id,
+        bundle: &task.bundle,
+        user_namespace: access.user_namespace.as_ref(),
+    };
     let root_path = PathBuf::from(spec::string(&task.spec, "/root/path"));
     let premounted = (!root_path.as_os_str().is_empty()).then_some(root_path.as_path());
     let (storage, rootfs) =
