@@ -84,13 +84,31 @@ impl Namespaces {
         tokio::task::spawn_blocking(move || on_own_thread(entered)).await.during(|| "enter the pod's namespaces")?
     }
 
+    /// Runs `work` like [`Self::run`], but as the user namespace's root: sysctls of the IPC namespace let nobody else write.
+    pub async fn run_as_root<T: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let Owner { uid, gid } = self.ids.root();
+        let (uid, gid) = (rustix::process::Uid::from_raw(uid), rustix::process::Gid::from_raw(gid));
+        self.run(move || {
+            keep_capabilities()?;
+            // Of this thread alone: the C library's functions would change the whole process.
+            rustix::thread::set_thread_res_gid(rustix::process::Gid::ROOT, gid, rustix::process::Gid::ROOT)
+                .and_then(|()| {
+                    rustix::thread::set_thread_res_uid(rustix::process::Uid::ROOT, uid, rustix::process::Uid::ROOT)
+                })
+                .during(|| "become root of the pod's user namespace")?;
+            work()
+        })
+        .await?
+    }
+
     /// Runs `work` as the user namespace's root as far as files are concerned: what it makes belongs to the pod. Blocks.
     pub fn as_root<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T> {
         let Owner { uid, gid } = self.ids.root();
         on_own_thread(move || {
-            // Or the change of user would take the capabilities with which root gets everywhere.
-            rustix::thread::set_capabilities_secure_bits(CapabilitiesSecureBits::NO_SETUID_FIXUP)
-                .during(|| "keep capabilities")?;
+            keep_capabilities()?;
             // Neither tells whether it worked; for a caller with all capabilities they do.
             setfsgid(Gid::from_raw(gid));
             setfsuid(Uid::from_raw(uid));
@@ -113,6 +131,11 @@ pub fn keep(pid: i32, name: &str, path: &Path) -> std::io::Result<()> {
     }
     let source = format!("/proc/{pid}/ns/{name}");
     Ok(nix::mount::mount(Some(&*source), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)?)
+}
+
+/// Or a change of the calling thread's user would take the capabilities with which root gets everywhere.
+fn keep_capabilities() -> Result<()> {
+    rustix::thread::set_capabilities_secure_bits(CapabilitiesSecureBits::NO_SETUID_FIXUP).during(|| "keep capabilities")
 }
 
 /// Runs `work` on a thread that ends with it, and what it changed of itself with it.

@@ -93,7 +93,7 @@ impl Services {
         let set = move || sysctls.iter().try_for_each(|(name, value)| sandbox::set_sysctl(name, value));
         match self.namespaces() {
             None => set(),
-            Some(namespaces) => namespaces.run(set).await?,
+            Some(namespaces) => namespaces.run_as_root(set).await,
         }
     }
 

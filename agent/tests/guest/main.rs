@@ -729,6 +729,9 @@ async fn a_pod_with_a_user_namespace_has_its_containers_in_it_and_takes_no_other
         hostname: "pod".into(),
         share_tag: "share".into(),
         user_namespace: Some(user_namespace(100_000)),
+        sysctls: [("net.ipv4.ip_local_port_range", "20000 30000"), ("kernel.shm_rmid_forced", "1")]
+            .map(|(name, value)| (name.to_owned(), value.to_owned()))
+            .into(),
         ..Default::default()
     };
     machine.client.create_sandbox(request.clone()).await.expect("sandbox");
