@@ -17,6 +17,8 @@ use crate::error::{Error, Kind, Result, WithKind};
 
 /// Where the configuration is when nothing names another place.
 pub const DEFAULT_PATH: &str = "/etc/bulkhead/config.toml";
+/// Environment variable that names another file in its place, which must exist: shims inherit containerd's environment.
+pub const DEFAULT_VARIABLE: &str = "BULKHEAD_CONFIG";
 
 /// Where the run state of sandboxes lies when nothing names another place.
 pub const DEFAULT_STATE_DIR: &str = "/run/bulkhead";
@@ -141,22 +143,25 @@ impl Config {
     /// A file that is named must exist; the default one need not.
     pub fn load(options: &RuntimeOptions) -> Result<Self> {
         if !options.config_path.is_empty() {
-            let path = Path::new(&options.config_path);
-            let text = read(path)?.ok_or_else(|| {
-                Error::invalid(format!(
-                    "configuration {}, named by the runtime options, does not exist",
-                    path.display()
-                ))
-            })?;
-            return Self::parse(&text, path.display());
+            return Self::named(Path::new(&options.config_path), "the runtime options");
         }
         if !options.config_body.is_empty() {
             return Self::parse(&own_keys(&options.config_body)?, BODY_ORIGIN);
+        }
+        if let Some(path) = std::env::var_os(DEFAULT_VARIABLE).filter(|path| !path.is_empty()) {
+            return Self::named(Path::new(&path), DEFAULT_VARIABLE);
         }
         match read(Path::new(DEFAULT_PATH))? {
             Some(text) => Self::parse(&text, DEFAULT_PATH),
             None => Ok(Self::default()),
         }
+    }
+
+    fn named(path: &Path, by: &str) -> Result<Self> {
+        let text = read(path)?.ok_or_else(|| {
+            Error::invalid(format!("configuration {}, named by {by}, does not exist", path.display()))
+        })?;
+        Self::parse(&text, path.display())
     }
 
     /// The configuration that the runtime options of a Create name, under CRI-O the first to come: a protobuf `Any` by its
@@ -165,7 +170,11 @@ impl Config {
         if type_url.is_empty() {
             return Ok(self.clone());
         }
-        let adopted = Self::load(&RuntimeOptions::decode(type_url, value)?)?;
+        let options = RuntimeOptions::decode(type_url, value)?;
+        if options.config_path.is_empty() && options.config_body.is_empty() {
+            return Ok(self.clone());
+        }
+        let adopted = Self::load(&options)?;
         Ok(Self { state_dir: self.state_dir.clone(), ..adopted })
     }
 
@@ -411,7 +420,7 @@ struct GenericOptions {
 /// The one field of `containerd.runc.v1.Options` that is not about runc.
 #[derive(Clone, PartialEq, prost::Message)]
 struct RuncOptions {
-    #[prost(string, tag = "4")]
+    #[prost(string, tag = "3")]
     shim_cgroup: String,
 }
 
@@ -576,8 +585,9 @@ mod tests {
             let options = RuntimeOptions::decode(type_url, &bytes).expect("decodes");
             assert_eq!((&*options.config_path, &*options.config_body), ("/c", "vcpus = 1"));
         }
-        let runc = prost::Message::encode_to_vec(&RuncOptions { shim_cgroup: "/shims".into() });
-        let options = RuntimeOptions::decode("containerd.runc.v1.Options", &runc).expect("decodes");
+        // Fields 3 and 4, `shim_cgroup` and `io_uid`, as containerd sends them for a container with a user namespace.
+        let runc = b"\x1a\x06/shims\x20\xa0\x8d\x06";
+        let options = RuntimeOptions::decode("containerd.runc.v1.Options", runc).expect("decodes");
         assert_eq!(options.shim_cgroup, "/shims");
         assert_eq!(RuntimeOptions::decode("", &[]).expect("decodes"), RuntimeOptions::default());
         let said = RuntimeOptions::decode("a.b.C", &[]).expect_err("is refused").to_string();
