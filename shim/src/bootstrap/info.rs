@@ -1,8 +1,10 @@
 //! `-info`: what the runtime can do, asked by containerd 2.x at its own start and before creating containers.
 //!
-//! Kubelet offers to pods what is claimed here, so only what is true is: no user namespaces and no idmapped mounts (the host
-//! part of them is missing). Recursive read-only mounts are, since the share refuses writes on the host's side: like runc's,
-//! they hold for what is mounted below when the container is created, and CRI has them private, so that nothing comes later.
+//! Kubelet offers to pods what is claimed here, so only what is true is. User namespaces and id-mapped mounts are: what they
+//! need of the host's kernel is checked where they are made, as runc does; but not to a handler with options: containerd
+//! (2.0 to 2.4) takes the options of every container in a user namespace for runc's, and fails to. Recursive read-only mounts are, since the share
+//! refuses writes on the host's side: like runc's, they hold for what is mounted below when the container is created, and CRI
+//! has them private, so that nothing comes later.
 //!
 //! <https://github.com/opencontainers/runtime-spec/blob/main/features.md>
 
@@ -16,11 +18,13 @@ use crate::RUNTIME_NAME;
 
 const FEATURES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
 
-/// The answer, a `RuntimeInfo`. The options on stdin change nothing in it and are not read.
-pub fn run() -> anyhow::Result<Vec<u8>> {
+/// The answer, a `RuntimeInfo`, to a handler whose options are on stdin: an `Any`, or nothing.
+pub fn run(stdin: &[u8]) -> anyhow::Result<Vec<u8>> {
+    let options = Any::parse_from_bytes(stdin).context("stdin holds no runtime options")?;
+    let foreign = !matches!(options.type_url.rsplit('/').next(), None | Some("" | "containerd.runc.v1.Options"));
     let features = Any {
         type_url: FEATURES_TYPE.into(),
-        value: serde_json::to_vec(&features()).context("encode features")?,
+        value: serde_json::to_vec(&features(!foreign)).context("encode features")?,
         ..Any::default()
     };
     let version = RuntimeVersion { version: env!("CARGO_PKG_VERSION").into(), ..RuntimeVersion::default() };
@@ -33,14 +37,14 @@ pub fn run() -> anyhow::Result<Vec<u8>> {
     info.write_to_bytes().context("encode runtime info")
 }
 
-fn features() -> serde_json::Value {
-    json!({
+fn features(user_namespaces: bool) -> serde_json::Value {
+    let mut features = json!({
         "ociVersionMin": "1.0.0",
         "ociVersionMax": "1.2.1",
         "mountOptions": [
-            "async", "atime", "bind", "defaults", "dev", "diratime", "dirsync", "exec", "noatime", "nodev",
-            "nodiratime", "noexec", "norelatime", "nostrictatime", "nosuid", "private", "rbind", "relatime", "ro",
-            "rprivate", "rro", "rslave", "rw", "slave", "strictatime", "suid", "sync"
+            "async", "atime", "bind", "defaults", "dev", "diratime", "dirsync", "exec", "idmap", "noatime", "nodev",
+            "nodiratime", "noexec", "norelatime", "nostrictatime", "nosuid", "private", "rbind", "relatime", "ridmap",
+            "ro", "rprivate", "rro", "rslave", "rw", "slave", "strictatime", "suid", "sync"
         ],
         "linux": {
             "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "uts"],
@@ -60,10 +64,14 @@ fn features() -> serde_json::Value {
             "apparmor": {"enabled": false},
             "selinux": {"enabled": false},
             "intelRdt": {"enabled": false},
-            "mountExtensions": {"idmap": {"enabled": false}},
+            "mountExtensions": {"idmap": {"enabled": true}},
             "netDevices": {"enabled": false}
         }
-    })
+    });
+    if let Some(namespaces) = features["linux"]["namespaces"].as_array_mut().filter(|_| user_namespaces) {
+        namespaces.push(json!("user"));
+    }
+    features
 }
 
 #[cfg(test)]
@@ -72,18 +80,35 @@ mod tests {
 
     #[test]
     fn the_answer_names_the_runtime_and_carries_features_that_parse() {
-        let info = RuntimeInfo::parse_from_bytes(&run().expect("answers")).expect("decodes");
+        let info = RuntimeInfo::parse_from_bytes(&run(&[]).expect("answers")).expect("decodes");
         assert_eq!((&*info.name, &*info.version.version), (RUNTIME_NAME, env!("CARGO_PKG_VERSION")));
         assert_eq!(info.features.type_url, FEATURES_TYPE);
         let features: oci_spec::runtime::Features = serde_json::from_slice(&info.features.value).expect("parses");
         assert_eq!(features.oci_version_min(), "1.0.0");
     }
 
+    fn features_for(type_url: &str) -> serde_json::Value {
+        let options = Any { type_url: type_url.into(), ..Any::default() }.write_to_bytes().expect("encodes");
+        let info = RuntimeInfo::parse_from_bytes(&run(&options).expect("answers")).expect("decodes");
+        serde_json::from_slice(&info.features.value).expect("parses")
+    }
+
+    fn lists(features: &serde_json::Value, pointer: &str, word: &str) -> bool {
+        features.pointer(pointer).and_then(serde_json::Value::as_array).is_some_and(|list| list.contains(&json!(word)))
+    }
+
     #[test]
-    fn nothing_is_claimed_that_kubelet_would_offer_in_vain() {
-        let features = features();
-        let list = |pointer: &str| features.pointer(pointer).and_then(serde_json::Value::as_array).cloned();
-        assert!(!list("/linux/namespaces").expect("is there").contains(&json!("user")));
-        assert_eq!(features.pointer("/linux/mountExtensions/idmap/enabled"), Some(&json!(false)));
+    fn containerd_finds_what_it_looks_for_before_it_offers_user_namespaces_and_recursive_read_only_mounts() {
+        for type_url in ["", "containerd.runc.v1.Options"] {
+            let features = features_for(type_url);
+            assert!(lists(&features, "/linux/namespaces", "user") && lists(&features, "/mountOptions", "rro"));
+            assert_eq!(features.pointer("/linux/mountExtensions/idmap/enabled"), Some(&json!(true)));
+        }
+    }
+
+    #[test]
+    fn user_namespaces_are_not_offered_where_containerd_would_fail_to_start_their_containers() {
+        let features = features_for("runtimeoptions.v1.Options");
+        assert!(!lists(&features, "/linux/namespaces", "user") && lists(&features, "/mountOptions", "rro"));
     }
 }

@@ -18,6 +18,9 @@ use rustix::io::Errno;
 use super::flags::Flags;
 use crate::config::{LogLevel, RuntimeOptions};
 
+/// containerd writes the input and closes it before it waits for the answer.
+pub const INPUT_PATIENCE: Duration = Duration::from_secs(5);
+
 /// Larger than any options table that a person writes.
 const MAX_INPUT_BYTES: usize = 4 << 20;
 

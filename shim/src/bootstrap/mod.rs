@@ -61,7 +61,7 @@ where
         Action::Start => answer(&start::run(&flags)?),
         Action::Delete => answer(&delete::run(&flags, teardown)?),
         Action::Serve => serve::run(serve),
-        Action::Info => answer(&info::run()?),
+        Action::Info => answer(&info::run(&input::read_to_end(io::stdin(), input::INPUT_PATIENCE)?)?),
         Action::Version => {
             answer(format!("{}: version {}\n", env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION")).as_bytes())
         }

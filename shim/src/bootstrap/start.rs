@@ -8,7 +8,6 @@ use std::io::Write;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
 
 use anyhow::{Context, bail};
 use command_fds::{CommandFdExt, FdMapping};
@@ -18,14 +17,11 @@ use nix::sys::stat::{Mode, umask};
 
 use super::flags::Flags;
 use super::group::Group;
-use super::input::{Environment, Input, read_to_end};
+use super::input::{Environment, INPUT_PATIENCE, Input, read_to_end};
 use super::serve::{Handover, LISTENER_FD};
 use super::socket::{self, Claim};
 use crate::config::Config;
 use crate::{paths, sys};
-
-/// containerd writes the input and closes it before it waits for the answer.
-const INPUT_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Version of the task service that a `BootstrapResult` promises.
 const TASK_VERSION: i32 = 3;
