@@ -17,16 +17,24 @@ pub const BAD_SANDBOXER_HANDLER: &str = "bulkhead-sandbox-bad";
 /// The handler whose containers have their root file systems in image files (containerd 1.7 and later).
 pub const BLOCK_HANDLER: &str = "bulkhead-block";
 
+/// Handlers without options, as which containerd starts containers in user namespaces (2.0 to 2.4); their configuration is
+/// that of the node's environment.
+pub const BARE_HANDLER: &str = "bulkhead-bare";
+/// [`BARE_HANDLER`] through the sandbox API.
+pub const BARE_SANDBOXER_HANDLER: &str = "bulkhead-sandbox-bare";
+
 /// Name in [`Layout::root`] of the empty file system that the blockfile snapshotter (containerd 1.7 and later) begins with.
 pub const SCRATCH_FILE: &str = "scratch.ext4";
 
 /// Handlers of Bulkhead in the order of the file, each with its own configuration file in [`Layout::root`].
-pub const BULKHEAD_HANDLERS: [(&str, &str); 5] = [
+pub const BULKHEAD_HANDLERS: [(&str, &str); 7] = [
     ("bulkhead", "bulkhead.toml"),
     (BAD_HANDLER, "bad.toml"),
     (SANDBOXER_HANDLER, "bulkhead.toml"),
     (BLOCK_HANDLER, "bulkhead.toml"),
     (BAD_SANDBOXER_HANDLER, "bad.toml"),
+    (BARE_HANDLER, "bulkhead.toml"),
+    (BARE_SANDBOXER_HANDLER, "bulkhead.toml"),
 ];
 
 /// containerd's configuration.
@@ -91,7 +99,7 @@ mount_options = []
         runc.display()
     );
     for (handler, file) in BULKHEAD_HANDLERS {
-        let by_sandbox_api = [SANDBOXER_HANDLER, BAD_SANDBOXER_HANDLER].contains(&handler);
+        let by_sandbox_api = [SANDBOXER_HANDLER, BAD_SANDBOXER_HANDLER, BARE_SANDBOXER_HANDLER].contains(&handler);
         if by_sandbox_api && !version.is_v2() {
             continue;
         }
@@ -104,9 +112,14 @@ mount_options = []
         let _ = write!(
             text,
             "[{table}]\nruntime_type = \"io.containerd.bulkhead.v2\"\npod_annotations = [\"bulkhead.io/*\"]\n\
-             container_annotations = [\"bulkhead.io/*\"]\nprivileged_without_host_devices = true\n{special}\n\
-             [{table}.options]\nTypeUrl = \"runtimeoptions.v1.Options\"\nConfigPath = \"{root}/{file}\"\n\n"
+             container_annotations = [\"bulkhead.io/*\"]\nprivileged_without_host_devices = true\n{special}\n"
         );
+        if ![BARE_HANDLER, BARE_SANDBOXER_HANDLER].contains(&handler) {
+            let _ = write!(
+                text,
+                "[{table}.options]\nTypeUrl = \"runtimeoptions.v1.Options\"\nConfigPath = \"{root}/{file}\"\n\n"
+            );
+        }
     }
     text
 }

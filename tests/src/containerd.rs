@@ -155,6 +155,7 @@ impl Node {
             .arg("--config")
             .arg(self.layout.root.join("containerd.toml"))
             .env("PATH", path)
+            .env("BULKHEAD_CONFIG", self.layout.root.join("bulkhead.toml"))
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)

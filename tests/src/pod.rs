@@ -22,6 +22,8 @@ pub mod namespace_mode {
     pub const CONTAINER: i32 = 1;
     /// The node's.
     pub const NODE: i32 = 2;
+    /// That of another container.
+    pub const TARGET: i32 = 3;
 }
 
 /// What a pod is asked to be: CRI's `PodSandboxConfig` as JSON.

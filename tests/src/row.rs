@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::Result;
 
 use crate::command::Output;
-use crate::config::{BAD_HANDLER, BAD_SANDBOXER_HANDLER, SANDBOXER_HANDLER};
+use crate::config::{BAD_HANDLER, BAD_SANDBOXER_HANDLER, BARE_HANDLER, BARE_SANDBOXER_HANDLER, SANDBOXER_HANDLER};
 use crate::containerd::Node;
 use crate::ctr::Ctr;
 use crate::pod::{self, Pod, PodSpec};
@@ -51,6 +51,11 @@ impl Runtime {
     /// The handler whose configuration a test may break; there is none for runc, which has no such configuration.
     pub fn bad_handler(self) -> &'static str {
         if self == Self::BulkheadSandbox { BAD_SANDBOXER_HANDLER } else { BAD_HANDLER }
+    }
+
+    /// The handler without options; there is none for runc.
+    pub fn bare_handler(self) -> &'static str {
+        if self == Self::BulkheadSandbox { BARE_SANDBOXER_HANDLER } else { BARE_HANDLER }
     }
 
     /// containerd's name of the runtime.
