@@ -45,6 +45,16 @@ pub fn inherited_listener(fd: RawFd) -> io::Result<UnixListener> {
     Ok(UnixListener::from(unsafe { OwnedFd::from_raw_fd(fd) }))
 }
 
+/// Takes over the file with number `fd`, on the terms of [`inherited_listener`].
+#[expect(unsafe_code, reason = "a number alone says nothing about who owns the file")]
+pub fn inherited_file(fd: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: borrowed for this call only; on a number that is not open it fails and touches nothing.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
+    rustix::io::fcntl_setfd(borrowed, rustix::io::FdFlags::CLOEXEC)?;
+    // SAFETY: it is open, and by this function's contract nothing else in this process owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// Lets the runtime tell when `fd` becomes readable.
 #[expect(unsafe_code, reason = "tokio cannot know that a descriptor stays the same while it is registered")]
 pub fn watch(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {

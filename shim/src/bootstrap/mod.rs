@@ -10,6 +10,7 @@
 //!
 //! <https://github.com/containerd/containerd/blob/main/core/runtime/v2/README.md>
 
+pub mod creator;
 mod delete;
 mod flags;
 mod group;

@@ -1,9 +1,10 @@
 //! `serve`: the process that is a pod's server, from exec to the first line of the service.
 //!
-//! It is told everything by the `start` that ran it: the socket is file 3, the rest comes as JSON on stdin. Both are of one
+//! It is told everything by the `start` that ran it: the socket is file 3, containerd file 4, the rest comes as JSON on stdin. All is of one
 //! binary and one moment, so that the JSON needs no version.
 
 use std::future::Future;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -17,6 +18,9 @@ use crate::{log, sys};
 
 /// Where the server finds its listening socket.
 pub const LISTENER_FD: i32 = 3;
+
+/// Where it finds the pidfd of the containerd that wants it, if `start` has one.
+pub const CREATOR_FD: i32 = 4;
 
 /// `start` writes what it has to say at once.
 const HANDOVER_PATIENCE: Duration = Duration::from_secs(10);
@@ -45,6 +49,7 @@ pub(super) struct Handover {
     pub containerd_version: Option<String>,
     pub log_level: LogLevel,
     pub options_given: bool,
+    pub has_creator: bool,
     pub config: Config,
 }
 
@@ -77,6 +82,8 @@ pub struct ServeConfig {
     pub log_level: LogLevel,
     /// The configuration, as it was when the sandbox began.
     pub config: Config,
+    /// The containerd that wants a sandbox here, as a pidfd; `None` if there is no telling.
+    pub creator: Option<OwnedFd>,
     /// Whether `config` came of runtime options; if not, those of the first Create count ([`Config::adopt`]).
     pub options_given: bool,
 }
@@ -89,8 +96,11 @@ impl ServeConfig {
         rustix::stdio::dup2_stdin(&null).context("close stdin")?;
         let handover: Handover = serde_json::from_slice(&handover).context("only start runs serve: read stdin")?;
         let listener = sys::inherited_listener(LISTENER_FD).context("only start runs serve: take over the socket")?;
+        let creator = handover.has_creator.then(|| sys::inherited_file(CREATOR_FD)).transpose();
+        let creator = creator.context("only start runs serve: take over containerd's pidfd")?;
         Ok(Self {
             listener,
+            creator,
             socket_path: handover.socket_path,
             sandbox_dir: handover.sandbox_dir,
             sandbox_id: handover.sandbox_id,

@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -15,10 +16,11 @@ use containerd_shim_protos::bootstrap_api::BootstrapResult;
 use containerd_shim_protos::protobuf::Message;
 use nix::sys::stat::{Mode, umask};
 
+use super::creator;
 use super::flags::Flags;
 use super::group::Group;
 use super::input::{Environment, INPUT_PATIENCE, Input, read_to_end};
-use super::serve::{Handover, LISTENER_FD};
+use super::serve::{CREATOR_FD, Handover, LISTENER_FD};
 use super::socket::{self, Claim};
 use crate::config::Config;
 use crate::{paths, sys};
@@ -38,6 +40,8 @@ pub fn run(flags: &Flags) -> anyhow::Result<Vec<u8>> {
         _ => flags.bundle.clone(),
     };
     let input = Input::parse(&read_to_end(std::io::stdin(), INPUT_PATIENCE)?, flags, Environment::read())?;
+    // As early as can be: whoever listens there now is who has run this.
+    let creator = creator::find(input.ttrpc_address.as_deref())?;
     let group = Group::of_bundle(&bundle)?;
     let socket_of =
         |sandbox_id: &str| socket::path(input.socket_dir.as_deref(), &input.grpc_address, &flags.namespace, sandbox_id);
@@ -56,7 +60,7 @@ pub fn run(flags: &Flags) -> anyhow::Result<Vec<u8>> {
         }
         _ => {
             let path = socket_of(&flags.id)?;
-            make_server(flags, &input, &bundle, &path)?;
+            make_server(flags, &input, &bundle, &path, creator)?;
             path
         }
     };
@@ -84,7 +88,13 @@ fn encode(input: &Input, address: String) -> anyhow::Result<Vec<u8>> {
 }
 
 /// Starts the server of a sandbox, unless there is one.
-fn make_server(flags: &Flags, input: &Input, bundle: &Path, socket_path: &Path) -> anyhow::Result<()> {
+fn make_server(
+    flags: &Flags,
+    input: &Input,
+    bundle: &Path,
+    socket_path: &Path,
+    creator: Option<OwnedFd>,
+) -> anyhow::Result<()> {
     // Here and not in the server, so that a mistake is what `start` answers.
     let config = Config::load(&input.options.clone().unwrap_or_default())?;
     let inherited = umask(Mode::from_bits_truncate(0o077));
@@ -94,12 +104,26 @@ fn make_server(flags: &Flags, input: &Input, bundle: &Path, socket_path: &Path) 
         Claim::Taken => return Ok(()),
         Claim::Ours(listener) => listener,
     };
-    let made = spawn(flags, input, bundle, socket_path, config, listener);
+    let made = spawn(flags, input, bundle, socket_path, config, Inherited { listener, creator });
     if made.is_err() {
         // The error that made the socket useless is the one to tell.
         drop(socket::remove(socket_path));
     }
     made
+}
+
+/// Files that the server gets.
+struct Inherited {
+    listener: UnixListener,
+    creator: Option<OwnedFd>,
+}
+
+impl Inherited {
+    fn mappings(self) -> Vec<FdMapping> {
+        let listener = FdMapping { parent_fd: self.listener.into(), child_fd: LISTENER_FD };
+        let creator = self.creator.map(|pidfd| FdMapping { parent_fd: pidfd, child_fd: CREATOR_FD });
+        std::iter::once(listener).chain(creator).collect()
+    }
 }
 
 fn spawn(
@@ -108,7 +132,7 @@ fn spawn(
     bundle: &Path,
     socket_path: &Path,
     config: Config,
-    listener: UnixListener,
+    inherited: Inherited,
 ) -> anyhow::Result<()> {
     let shim_cgroup = input.options.as_ref().map(|options| options.shim_cgroup.clone()).unwrap_or_default();
     let sandbox_dir = paths::sandbox_dir(&config.state_dir, &flags.id, socket_path)?;
@@ -129,6 +153,7 @@ fn spawn(
         containerd_version: input.containerd_version.clone(),
         log_level: config.log_level.max(input.log_level),
         options_given: input.options.is_some(),
+        has_creator: inherited.creator.is_some(),
         config,
     };
     let handover = serde_json::to_vec(&handover).context("encode what the server is told")?;
@@ -148,7 +173,7 @@ fn spawn(
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
-        .fd_mappings(vec![FdMapping { parent_fd: listener.into(), child_fd: LISTENER_FD }])?;
+        .fd_mappings(inherited.mappings())?;
     let mut child = command.spawn().with_context(|| format!("run {}", exe.display()))?;
     let told = tell(&mut child, &handover).and_then(|()| join_cgroup(child.id(), &shim_cgroup));
     if told.is_err() {

@@ -4,7 +4,6 @@
 
 pub mod connection;
 pub mod convert;
-pub mod creator;
 pub mod cri;
 pub mod sandbox;
 pub mod task;
@@ -25,7 +24,7 @@ use tokio::net::UnixListener;
 use tokio_stream::wrappers::UnixListenerStream;
 use tracing::Instrument as _;
 
-use crate::bootstrap::ServeConfig;
+use crate::bootstrap::{ServeConfig, creator};
 use crate::error::Result;
 use crate::events::EventQueue;
 use crate::sandbox::SandboxHandle;
@@ -56,7 +55,7 @@ pub async fn run(config: ServeConfig) -> anyhow::Result<()> {
         .register_service(sandbox::services(sandbox, &identity));
     server.start().await.context("serve containerd")?;
     let booter = Box::new(move |request| boot::boot(Arc::clone(&identity), request).boxed());
-    let creator_gone = creator::gone(config.ttrpc_address.clone()).boxed();
+    let creator_gone = creator::gone(config.creator).boxed();
     Driver::new(booter, events.events()).created_by(creator_gone).run(commands).await;
     if !connections.hung_up().await {
         tracing::debug!("connections are still open and will be closed");
