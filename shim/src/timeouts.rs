@@ -19,6 +19,8 @@ pub const FORWARD_OPEN: Duration = Duration::from_secs(20);
 pub const HEARTBEAT: Duration = Duration::from_secs(30);
 /// Output that is still on its way when a process has exited.
 pub const DRAIN: Duration = Duration::from_secs(10);
+/// containerd reads what an output FIFO holds, before it is told of the exit.
+pub const FIFO_READ: Duration = Duration::from_millis(500);
 /// One QMP command.
 pub const QMP_COMMAND: Duration = Duration::from_secs(10);
 /// A helper (virtiofsd, vsock) listens after its start.

@@ -10,6 +10,7 @@
 //! Output may also go to a file (`sink`) or to a logging binary of the process's own (`logger`).
 
 use std::path::Path;
+use std::sync::Arc;
 
 use bulkhead_proto::agent;
 use bulkhead_proto::wire::{self, Token};
@@ -70,6 +71,8 @@ struct Progress {
 pub struct Stdio {
     stdout: Option<watch::Receiver<Progress>>,
     stderr: Option<watch::Receiver<Progress>>,
+    /// The output FIFOs, to see whether they have been read.
+    looks: Arc<Vec<pipe::Receiver>>,
     /// Kept until `CloseIO`.
     stdin_writer: Option<pipe::Sender>,
     stop: CancellationToken,
@@ -100,6 +103,7 @@ impl Stdio {
         let mut stdio = Self {
             stdout: None,
             stderr: None,
+            looks: Arc::default(),
             stdin_writer: None,
             stop: CancellationToken::new(),
             copies: JoinSet::new(),
@@ -107,6 +111,7 @@ impl Stdio {
         };
         let sinks = Sinks::open(paths, logged).await?;
         stdio.loggers = sinks.loggers;
+        stdio.looks = Arc::new(sinks.looks);
         if !paths.stdin.is_empty() {
             let (source, writer) = source::open(Path::new(&paths.stdin))?;
             let token = new_token();
@@ -154,11 +159,13 @@ impl Stdio {
         self.stdin_writer = None;
     }
 
-    /// A future that ends when `count` bytes were passed on, or the streams have ended, or after [`timeouts::DRAIN`].
+    /// A future that ends when `count` bytes were passed on, or the streams have ended, or after [`timeouts::DRAIN`]; and
+    /// containerd has read them, or did not within [`timeouts::FIFO_READ`].
     ///
     /// Without `count` (the guest is gone) it waits for the ends of the streams. True if nothing was given up on.
     pub fn drained(&self, count: Option<OutputCount>) -> impl Future<Output = bool> + Send + use<> {
         let waits = [(self.stdout.clone(), count.map(|c| c.stdout)), (self.stderr.clone(), count.map(|c| c.stderr))];
+        let looks = Arc::clone(&self.looks);
         async move {
             let all = async {
                 for (progress, bytes) in waits {
@@ -167,7 +174,10 @@ impl Stdio {
                     drop(progress.wait_for(|seen| seen.ended || bytes.is_some_and(|bytes| seen.bytes >= bytes)).await);
                 }
             };
-            timeout(timeouts::DRAIN, all).await.is_ok()
+            let passed_on = timeout(timeouts::DRAIN, all).await.is_ok();
+            // A containerd that is down reads nothing, and finds it all when it is back.
+            drop(timeout(timeouts::FIFO_READ, sink::read_by_containerd(&looks)).await);
+            passed_on
         }
     }
 

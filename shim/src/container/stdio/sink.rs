@@ -7,6 +7,7 @@ use std::ffi::OsString;
 use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, bail, ensure};
 use bulkhead_proto::wire::Deframer;
@@ -32,6 +33,8 @@ pub(super) struct Sinks {
     pub stderr: Option<Sink>,
     /// Whoever reads the sinks that are theirs.
     pub loggers: Vec<Logger>,
+    /// The FIFOs among them once more, to be looked at and never read: readers, which keep no end of the output from anyone.
+    pub looks: Vec<pipe::Receiver>,
 }
 
 #[derive(Debug)]
@@ -81,7 +84,12 @@ impl Sinks {
     ) -> anyhow::Result<Option<Sink>> {
         Ok(Some(match target {
             None => return Ok(None),
-            Some(Target::Fifo(path)) => Sink::fifo(&path)?,
+            Some(Target::Fifo(path)) => {
+                let sink = Sink::fifo(&path)?;
+                let look = pipe::OpenOptions::new().open_receiver(&path);
+                self.looks.push(look.with_context(|| format!("open output FIFO {} to look at it", path.display()))?);
+                sink
+            }
             Some(Target::File(path)) => Sink::file(&path).await?,
             Some(Target::Binary(binary)) => {
                 let (logger, ends) = Logger::start(&binary, logged).await?;
@@ -147,6 +155,18 @@ impl Sink {
                 // Until it is flushed the data is with a background thread, and must not be counted.
                 file.flush().await
             }
+        }
+    }
+}
+
+/// Waits until nobody's output is left in `fifos`. No event tells that a pipe is empty, so it is looked at.
+///
+/// containerd 1.6 closes its ends some two milliseconds after it has heard of an exit, and loses what it has not read by then.
+pub(super) async fn read_by_containerd(fifos: &[pipe::Receiver]) {
+    const LOOK: Duration = Duration::from_millis(2);
+    for fifo in fifos {
+        while rustix::io::ioctl_fionread(fifo).is_ok_and(|held| held > 0) {
+            tokio::time::sleep(LOOK).await;
         }
     }
 }
