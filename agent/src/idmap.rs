@@ -2,8 +2,6 @@
 //!
 //! user_namespaces(7)
 
-use std::fmt::Write;
-
 use bulkhead_proto::agent as api;
 use oci_spec::runtime::User;
 
@@ -92,11 +90,8 @@ fn lookup(map: &[api::IdMapping], id: u32) -> Option<u32> {
 }
 
 fn lines(map: &[api::IdMapping]) -> String {
-    map.iter().fold(String::new(), |mut lines, range| {
-        // Writing to a string cannot fail.
-        let _ = writeln!(lines, "{} {} {}", range.container_id, range.guest_id, range.size);
-        lines
-    })
+    let line = |range: &api::IdMapping| format!("{} {} {}\n", range.container_id, range.guest_id, range.size);
+    map.iter().map(line).collect()
 }
 
 #[cfg(test)]

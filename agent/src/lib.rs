@@ -3,7 +3,7 @@
 //! ```text
 //! init ──> server ──> pod ──> sandbox ──> network
 //!                      ├────> forward ──> link ──> host
-//!                      ├────> namespaces ──> idmap
+//!                      ├────> namespaces ──> idmap, runtime
 //!                      └────> container ──> process ──> stdio ──> link ──> host
 //!                                  ├──> mount ──> device
 //!                                  ├──> cgroup ──> limits, filter

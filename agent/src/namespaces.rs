@@ -13,14 +13,13 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use nix::mount::MsFlags;
 use nix::sched::{CloneFlags, setns};
 use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
 use rustix::thread::CapabilitiesSecureBits;
 
 use crate::error::{During, Result};
 use crate::idmap::{IdMap, Owner};
-use crate::pod::Services;
+use crate::runtime::isolate::keep;
 use crate::runtime::{Isolate, Request};
 
 /// Where the files are.
@@ -39,18 +38,17 @@ pub struct Namespaces {
 }
 
 impl Namespaces {
-    /// Makes them.
-    pub async fn make(services: &Arc<Services>, ids: IdMap) -> Result<Arc<Self>> {
+    /// What a worker must do to make those with the maps `ids`. Makes their directory.
+    pub fn request(ids: &IdMap) -> Result<Request> {
+        fs::create_dir_all(DIRECTORY).during(|| format!("create {DIRECTORY}"))?;
+        Ok(Request::Isolate(Isolate { uid_map: ids.uid_map(), gid_map: ids.gid_map(), directory: DIRECTORY.into() }))
+    }
+
+    /// Those that a worker has made by [`Self::request`].
+    pub fn open(ids: IdMap) -> Result<Self> {
         let directory = Path::new(DIRECTORY);
-        fs::create_dir_all(directory).during(|| format!("create {DIRECTORY}"))?;
-        let isolate = Isolate { uid_map: ids.uid_map(), gid_map: ids.gid_map(), directory: directory.to_owned() };
-        // The process ends by itself; the files keep what it made.
-        let (_made, _exit) = services
-            .spawn(Request::Isolate(isolate), Vec::new())
-            .await
-            .map_err(|error| error.during("make the pod's user namespace"))?;
         let open = |name: &str| File::open(directory.join(name)).during(|| format!("open the pod's {name} namespace"));
-        Ok(Arc::new(Self { ids, net: open("net")?, ipc: open("ipc")?, uts: open("uts")? }))
+        Ok(Self { ids, net: open("net")?, ipc: open("ipc")?, uts: open("uts")? })
     }
 
     /// Directory with a file for each namespace, named as in `/proc/<pid>/ns`.
@@ -122,15 +120,6 @@ impl Namespaces {
         keep(pid, PID, &path).during(|| "keep the pod's PID namespace")?;
         Ok(path)
     }
-}
-
-/// Binds the namespace `name` of `pid` to the file `path`, which keeps it.
-pub fn keep(pid: i32, name: &str, path: &Path) -> std::io::Result<()> {
-    if !path.exists() {
-        File::create(path)?;
-    }
-    let source = format!("/proc/{pid}/ns/{name}");
-    Ok(nix::mount::mount(Some(&*source), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)?)
 }
 
 /// Or a change of the calling thread's user would take the capabilities with which root gets everywhere.

@@ -79,7 +79,10 @@ impl Services {
         if let Some(made) = self.namespaces() {
             return Ok(Arc::clone(made));
         }
-        let made = Namespaces::make(self, ids).await?;
+        let unable = |error: Error| error.during("make the pod's user namespace");
+        // The process ends by itself; the files keep what it made.
+        let (_made, _exit) = self.spawn(Namespaces::request(&ids)?, Vec::new()).await.map_err(unable)?;
+        let made = Arc::new(Namespaces::open(ids)?);
         Ok(Arc::clone(self.namespaces.get_or_init(|| made)))
     }
 

@@ -7,12 +7,13 @@ use std::convert::Infallible;
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 
+use nix::mount::MsFlags;
 use nix::sched::{CloneFlags, setns, unshare};
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 
 use super::{Isolate, Line, wire};
-use crate::namespaces::keep;
 use crate::sys::{self, Fork};
 
 /// What the second process says after each of its steps.
@@ -63,6 +64,15 @@ fn unshare_by_turns(mut parent: UnixStream) -> Result<Infallible, String> {
     // Until they have their files.
     drop(parent.read_exact(&mut [0]));
     std::process::exit(0)
+}
+
+/// Binds the namespace `name` of `pid` to the file `path`, which keeps it.
+pub fn keep(pid: i32, name: &str, path: &Path) -> std::io::Result<()> {
+    if !path.exists() {
+        fs::File::create(path)?;
+    }
+    let source = format!("/proc/{pid}/ns/{name}");
+    Ok(nix::mount::mount(Some(&*source), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)?)
 }
 
 /// Enters the user namespace `file` and becomes its root, who may then join or make its other namespaces.
