@@ -1,8 +1,8 @@
 //! The guest's end of forwarded connections: dials a port of the pod's loopback for a client of the host.
 //!
 //! The agent lives in the pod's network namespace, or enters it for the dial: its loopback is the one that the containers
-//! listen on. Once a port
-//! has answered, a task of its own dials the host's two streams and carries the bytes (`bulkhead_proto::bridge`).
+//! listen on. Once a port has answered, a task of its own dials the host's two streams and carries the bytes
+//! (`bulkhead_proto::bridge`).
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};

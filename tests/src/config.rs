@@ -17,7 +17,7 @@ pub const BAD_SANDBOXER_HANDLER: &str = "bulkhead-sandbox-bad";
 /// The handler whose containers have their root file systems in image files (containerd 1.7 and later).
 pub const BLOCK_HANDLER: &str = "bulkhead-block";
 
-/// Handlers without options, as which containerd starts containers in user namespaces (2.0 to 2.4); their configuration is
+/// Handlers without options, as which containerd starts containers in user namespaces (2.4); their configuration is
 /// that of the node's environment.
 pub const BARE_HANDLER: &str = "bulkhead-bare";
 /// [`BARE_HANDLER`] through the sandbox API.

@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use crate::container::Container;
 use crate::containerd::CRI_NAMESPACE;
-use crate::grpc;
+use crate::grpc::{self, Nothing};
 use crate::pod::Pod;
 
 /// CRI's `LinuxContainerResources`, as far as tests go.
@@ -47,9 +47,6 @@ struct UpdateContainerResourcesRequest {
     #[prost(message, optional, tag = "2")]
     linux: Option<Resources>,
 }
-
-#[derive(Clone, PartialEq, prost::Message)]
-struct Nothing {}
 
 /// Asks for new limits of `pod`; the error has containerd's own text.
 pub fn update_pod_resources(pod: &Pod, resources: Resources) -> Result<()> {

@@ -18,6 +18,10 @@ use crate::containerd::Node;
 /// Long enough for a containerd that is busy.
 const PATIENCE: Duration = Duration::from_secs(20);
 
+/// An answer without fields, or of whose fields none is wanted.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Nothing {}
+
 /// Calls the method at `path` in containerd's `namespace` and waits for the answer; the error has containerd's own text.
 pub fn unary<Q, A>(node: &Node, namespace: &'static str, path: &'static str, request: Q) -> Result<A>
 where

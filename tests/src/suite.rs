@@ -27,10 +27,11 @@ pub fn run(versions: &[Version], runtimes: &[Runtime], rows: &'static [Row]) -> 
     arguments.test_threads = Some(1);
     let stage = Arc::new(Mutex::new(Stage::default()));
     let mut trials = Vec::new();
-    let (releases, handlers) = (named("BULKHEAD_TEST_CONTAINERDS"), named("BULKHEAD_TEST_RUNTIMES"));
+    let releases = named("BULKHEAD_TEST_CONTAINERDS");
     let versions = if releases.is_some() { &Version::ALL } else { versions };
+    let runtimes = wanted_runtimes(runtimes);
     for &version in versions.iter().filter(|version| wanted(releases.as_deref(), &version.to_string())) {
-        for &runtime in runtimes.iter().filter(|runtime| wanted(handlers.as_deref(), runtime.name())) {
+        for &runtime in &runtimes {
             if runtime == Runtime::BulkheadSandbox && !version.is_v2() {
                 continue;
             }
@@ -55,6 +56,12 @@ pub fn run(versions: &[Version], runtimes: &[Runtime], rows: &'static [Row]) -> 
         return ExitCode::from(101);
     }
     conclusion.exit_code()
+}
+
+/// Those of `runtimes` that the environment asks for: `BULKHEAD_TEST_RUNTIMES`, or all.
+pub fn wanted_runtimes(runtimes: &[Runtime]) -> Vec<Runtime> {
+    let named = named("BULKHEAD_TEST_RUNTIMES");
+    runtimes.iter().copied().filter(|runtime| wanted(named.as_deref(), runtime.name())).collect()
 }
 
 /// The list in `variable`. None: it is not set.

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::container::Container;
 use crate::containerd::CRI_NAMESPACE;
-use crate::grpc;
+use crate::grpc::{self, Nothing};
 
 #[derive(Clone, PartialEq, prost::Message)]
 struct UpdateTaskRequest {
@@ -24,9 +24,6 @@ struct Any {
     #[prost(bytes = "vec", tag = "2")]
     value: Vec<u8>,
 }
-
-#[derive(Clone, PartialEq, prost::Message)]
-struct Nothing {}
 
 /// Changes what OCI `linux.resources` mention; the error has containerd's own text.
 pub fn update(container: &Container<'_>, resources: &Value) -> Result<()> {

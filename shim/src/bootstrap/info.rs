@@ -1,10 +1,12 @@
 //! `-info`: what the runtime can do, asked by containerd 2.x at its own start and before creating containers.
 //!
-//! Kubelet offers to pods what is claimed here, so only what is true is. User namespaces and id-mapped mounts are: what they
-//! need of the host's kernel is checked where they are made, as runc does; but not to a handler with options: containerd
-//! (2.0 to 2.4) takes the options of every container in a user namespace for runc's, and fails to. Recursive read-only mounts are, since the share
-//! refuses writes on the host's side: like runc's, they hold for what is mounted below when the container is created, and CRI
-//! has them private, so that nothing comes later.
+//! Kubelet offers to pods what is claimed here, so only what is true is.
+//!
+//! User namespaces and id-mapped mounts are, and what they need of the host's kernel is checked where they are made, as runc
+//! does; but not to a handler with options: containerd (2.4) takes the options of every container in a user namespace for
+//! runc's, and fails to read them. Recursive read-only mounts are, since the share refuses writes on the host's side: like
+//! runc's, they hold for what is mounted below when the container is created, and CRI has them private, so that nothing comes
+//! later.
 //!
 //! <https://github.com/opencontainers/runtime-spec/blob/main/features.md>
 

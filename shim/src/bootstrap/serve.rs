@@ -1,7 +1,7 @@
 //! `serve`: the process that is a pod's server, from exec to the first line of the service.
 //!
-//! It is told everything by the `start` that ran it: the socket is file 3, containerd file 4, the rest comes as JSON on stdin. All is of one
-//! binary and one moment, so that the JSON needs no version.
+//! It is told everything by the `start` that ran it: the socket is file 3, containerd file 4, the rest comes as JSON on stdin.
+//! All is of one binary and one moment, so that the JSON needs no version.
 
 use std::future::Future;
 use std::os::fd::OwnedFd;

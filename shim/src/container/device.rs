@@ -1,9 +1,8 @@
 //! Devices that a spec gives to a container.
 //!
 //! The guest has a kernel and devices of its own. Of the host's, a container can have those that are the kernel's doing and
-//! have the same numbers everywhere
-//! (<https://docs.kernel.org/admin-guide/devices.html>): the guest's take their place. Any other is refused, since a program
-//! that was promised a device would fail later and say less.
+//! have the same numbers everywhere (<https://docs.kernel.org/admin-guide/devices.html>): the guest's take their place. Any
+//! other is refused, since a program that was promised a device would fail later and say less.
 
 use serde_json::{Map, Value};
 

@@ -15,16 +15,13 @@ use bulkhead_tests::containerd::{CRI_NAMESPACE, Node};
 use bulkhead_tests::critest::{self, report::Report, sample, verdict};
 use bulkhead_tests::leaks;
 use bulkhead_tests::row::{ALL, Runtime};
+use bulkhead_tests::suite;
 use bulkhead_tests::tools::{BulkheadTools, Version};
 
 fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args().skip(1).filter(|argument| !argument.is_empty()).collect();
     let is_sample = arguments == ["--sample"];
-    let wanted = std::env::var("BULKHEAD_TEST_RUNTIMES").ok();
-    let named = |runtime: &&Runtime| {
-        wanted.as_ref().is_none_or(|list| list.split(',').any(|name| name.trim() == runtime.name()))
-    };
-    let runtimes: Vec<_> = ALL.iter().filter(named).copied().collect();
+    let runtimes = suite::wanted_runtimes(ALL);
     let focus = if is_sample { sample::focus() } else { arguments.join("|") };
     let focus = (!focus.is_empty()).then_some(focus);
     match run_suites(&runtimes, focus.as_deref()).map(|reports| tell(&reports) && (!is_sample || is_whole(&reports))) {
