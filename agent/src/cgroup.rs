@@ -53,13 +53,17 @@ pub struct Cgroup {
 impl Cgroup {
     /// Makes the cgroup of `container_id`, which must be fit for a file name.
     pub fn create(container_id: &str) -> Result<Self> {
-        let directory = Path::new(MOUNT).join(&PARENT[1..]).join(container_id);
-        match fs::create_dir(&directory) {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            Err(error) => return Err(Error::internal(format!("create cgroup {}: {error}", directory.display()))),
+        let cgroup = Self::of(container_id);
+        match fs::create_dir(&cgroup.directory) {
+            Ok(()) => Ok(cgroup),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(cgroup),
+            Err(error) => Err(Error::internal(format!("create cgroup {}: {error}", cgroup.directory.display()))),
         }
-        Ok(Self { directory, changing: Arc::default() })
+    }
+
+    /// The cgroup of `container_id`, which need not exist.
+    pub fn of(container_id: &str) -> Self {
+        Self { directory: Path::new(MOUNT).join(&PARENT[1..]).join(container_id), changing: Arc::default() }
     }
 
     /// The one above those of all containers.
@@ -148,10 +152,13 @@ impl Cgroup {
         Ok(found)
     }
 
-    /// Kills what is left and removes the cgroup with those that the container made below. Blocks until it is empty.
+    /// Removes the cgroup, with those that the container made below; kills what is left in it. Blocks until it is empty.
     pub fn remove(&self) -> Result<()> {
-        if !self.directory.exists() {
-            return Ok(());
+        match fs::remove_dir(&self.directory) {
+            Ok(()) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            // Processes are left in it, or cgroups below.
+            Err(_) => {}
         }
         self.kill()?;
         self.wait_for("populated", "0")?;

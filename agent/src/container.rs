@@ -45,13 +45,24 @@ pub struct Container {
     pub id: String,
     directory: PathBuf,
     cgroup: Cgroup,
-    rootfs: Mutex<Stack>,
+    /// It has a PID namespace of its own, which the kernel empties when the init ends.
+    ends_with_init: bool,
+    remains: tokio::sync::Mutex<Remains>,
     init: Arc<Process>,
     execs: Mutex<HashMap<String, Registered>>,
     seccomp: Option<LinuxSeccomp>,
     oom: oom::Watch,
     paused: Mutex<bool>,
     cancel: CancellationToken,
+}
+
+/// What outlives a container's processes. Locked while it is being cleared away.
+#[derive(Default)]
+struct Remains {
+    rootfs: Stack,
+    cleared: bool,
+    /// How long that took.
+    stages: Vec<api::Stage>,
 }
 
 /// An exec and what it was registered with.
@@ -86,11 +97,9 @@ impl Container {
         let created = Self::build(services, request, pid_namespace, &directory, &mut rootfs).await;
         match created {
             Ok((mut container, exit, response)) => {
-                *container.rootfs() = rootfs;
-                let container = {
-                    container.directory = directory;
-                    Arc::new(container)
-                };
+                container.remains.get_mut().rootfs = rootfs;
+                container.directory = directory;
+                let container = Arc::new(container);
                 services.tracker.spawn(Arc::clone(&container).supervise(Arc::clone(services), exit));
                 services.tracker.spawn(Arc::clone(&container).watch_oom(Arc::clone(services)));
                 Ok((container, response))
@@ -113,6 +122,7 @@ impl Container {
         mounts: &mut Stack,
     ) -> Result<(Self, tokio::sync::oneshot::Receiver<ExitStatus>, api::CreateContainerResponse)> {
         let id = request.container_id;
+        let ends_with_init = pid_namespace.is_none();
         let mut stages = Stages::start();
         let stdio = Plan::parse(request.stdio)?;
         let rootfs = directory.join("rootfs");
@@ -177,7 +187,8 @@ impl Container {
             id,
             directory: PathBuf::new(),
             cgroup,
-            rootfs: Mutex::default(),
+            ends_with_init,
+            remains: tokio::sync::Mutex::default(),
             init,
             execs: Mutex::default(),
             seccomp: spec.seccomp,
@@ -294,9 +305,11 @@ impl Container {
     /// Waits for the init's exit and reports it when all else has been reported.
     async fn supervise(self: Arc<Self>, services: Arc<Services>, exit: tokio::sync::oneshot::Receiver<ExitStatus>) {
         let status = exit.await.unwrap_or(255);
-        // From here on no exec starts; those that run lose their container. In a shared PID namespace nobody else kills.
+        // From here on no exec starts; those that run lose their container.
         self.cancel.cancel();
-        if let Err(error) = self.cgroup.kill() {
+        if !self.ends_with_init
+            && let Err(error) = self.cgroup.kill()
+        {
             tracing::warn!(container_id = self.id, %error, "container's processes were not killed");
         }
         let execs: Vec<_> = self.execs().values().map(|registered| Arc::clone(&registered.process)).collect();
@@ -314,6 +327,23 @@ impl Container {
         services.events.stats(metrics::sample(&self.id, self.cgroup.directory()));
         services.events.exit(self.init.exited(&self.id, status));
         self.init.stop();
+        // The host learns of the exit and asks for the deletion meanwhile.
+        if let Err(error) = self.clear().await {
+            tracing::warn!(container_id = self.id, %error, "remains of a container stay until its deletion");
+        }
+    }
+
+    /// Clears away what its processes have left, or waits until that is done; what failed is tried again.
+    async fn clear(&self) -> Result<Vec<api::Stage>> {
+        let mut remains = self.remains.lock().await;
+        if !remains.cleared {
+            let (id, directory) = (self.id.clone(), self.directory.clone());
+            let rootfs = std::mem::take(&mut remains.rootfs);
+            let cleared = tokio::task::spawn_blocking(move || clean_up(&id, &directory, rootfs)).await;
+            remains.stages = cleared.during(|| "clear away the container's remains")??;
+            remains.cleared = true;
+        }
+        Ok(remains.stages.clone())
     }
 
     async fn watch_oom(self: Arc<Self>, services: Arc<Services>) {
@@ -340,12 +370,12 @@ impl Container {
             // not notice any other signal.
             return process.signal(if waiting && TERMINATING.contains(&number) { libc::SIGKILL } else { number });
         }
-        let processes = self.cgroup.processes()?;
+        let processes = self.processes()?;
         if processes.is_empty() {
             return Err(Error::not_found("process already finished"));
         }
         if number == libc::SIGKILL {
-            return self.cgroup.kill();
+            return self.kill();
         }
         for pid in processes {
             // One that has gone in the meantime wants no signal.
@@ -358,7 +388,7 @@ impl Container {
     pub fn update(&self, resources: &LinuxResources) -> Result<()> {
         match self.cgroup.apply(resources) {
             // Its cgroup goes with it.
-            Err(_) if self.init.phase() == Phase::Stopped => Err(Error::not_found("process already finished")),
+            Err(_) if self.is_stopped() => Err(Error::not_found("process already finished")),
             applied => applied,
         }
     }
@@ -375,7 +405,14 @@ impl Container {
 
     /// Guest pids of all its processes.
     pub fn processes(&self) -> Result<Vec<i32>> {
-        self.cgroup.processes()
+        if self.is_stopped() {
+            return Ok(Vec::new());
+        }
+        match self.cgroup.processes() {
+            // It was being listed when it went.
+            Err(_) if self.is_stopped() => Ok(Vec::new()),
+            processes => processes,
+        }
     }
 
     /// A sample of its statistics; none before its start and after its end. Reads files.
@@ -394,7 +431,15 @@ impl Container {
 
     /// Kills everything in it.
     pub fn kill(&self) -> Result<()> {
-        self.cgroup.kill()
+        match self.cgroup.kill() {
+            Err(_) if self.is_stopped() => Ok(()),
+            killed => killed,
+        }
+    }
+
+    /// Whether its end was reported; from then on its cgroup goes.
+    fn is_stopped(&self) -> bool {
+        self.init.phase() == Phase::Stopped
     }
 
     /// Waits until the init's exit was reported. Cancel safe.
@@ -418,7 +463,8 @@ impl Container {
     }
 
     /// Removes everything of a container whose init has exited or never ran.
-    pub async fn delete(&self) -> Result<()> {
+    pub async fn delete(&self) -> Result<api::DeleteResponse> {
+        let mut stages = Stages::start();
         match self.init.phase() {
             Phase::Stopped => {}
             Phase::Created => {
@@ -433,11 +479,11 @@ impl Container {
         for process in execs.iter().chain([&self.init]) {
             process.close().await;
         }
-        let (id, directory) = (self.id.clone(), self.directory.clone());
-        let rootfs = std::mem::take(&mut *self.rootfs());
-        tokio::task::spawn_blocking(move || clean_up(&id, &directory, rootfs))
-            .await
-            .during(|| "delete the container")?
+        stages.done("streams");
+        let cleared = self.clear().await?;
+        stages.done("clear");
+        stages.stages.extend(cleared);
+        Ok(api::DeleteResponse { stages: stages.stages })
     }
 
     fn check_running(&self, what: &str) -> Result<()> {
@@ -452,10 +498,6 @@ impl Container {
 
     fn execs(&self) -> MutexGuard<'_, HashMap<String, Registered>> {
         self.execs.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn rootfs(&self) -> MutexGuard<'_, Stack> {
-        self.rootfs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -496,10 +538,16 @@ fn make_cwd(spec: &Spec, rootfs: &Path) -> Result<()> {
     })
 }
 
-/// Removes what a container consists of outside of its processes; safe to repeat. Blocks.
-fn clean_up(id: &str, directory: &Path, mut rootfs: Stack) -> Result<()> {
-    let cgroup = Cgroup::create(id).and_then(|cgroup| cgroup.remove());
+/// Removes what a container consists of outside of its processes, and tells how long it took; safe to repeat. Blocks.
+fn clean_up(id: &str, directory: &Path, mut rootfs: Stack) -> Result<Vec<api::Stage>> {
+    let mut stages = Stages::start();
     let unmounted = rootfs.unmount().and(mount::leave_share(id));
+    stages.done("clear.rootfs");
+    // Only now does the kernel let go of what it knows of the share.
+    mount::forget_share()?;
+    stages.done("clear.share");
+    let cgroup = Cgroup::of(id).remove();
+    stages.done("clear.cgroup");
     for directory in [&Path::new(STATE).join(id), directory] {
         match fs::remove_dir_all(directory) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -508,7 +556,6 @@ fn clean_up(id: &str, directory: &Path, mut rootfs: Stack) -> Result<()> {
             _ => {}
         }
     }
-    // Only now does the kernel let go of what it knows of the share.
-    mount::forget_caches()?;
-    cgroup.and(unmounted)
+    stages.done("clear.files");
+    cgroup.and(unmounted).map(|()| stages.stages)
 }

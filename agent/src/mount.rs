@@ -179,11 +179,14 @@ fn open_directory(path: &Path) -> io::Result<OwnedFd> {
     Ok(rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?)
 }
 
-/// Has the kernel forget what it cached of the share, so that the host can unmount what was deleted.
+/// Has the kernel forget the names below the share that nobody uses, so that the host can unmount what was deleted.
 ///
-/// virtiofsd keeps a file open for each inode that the guest remembers; only FORGET releases it.
-pub fn forget_caches() -> Result<()> {
-    fs::write("/proc/sys/vm/drop_caches", "2").during(|| "drop the inode cache")
+/// virtiofsd keeps a file open for each inode that the guest remembers; only FORGET releases it. A remount, even one that
+/// changes nothing, drops what is cached of this file system and of no other; what containers that run have cached lies in
+/// the file systems below it. Kernel: `reconfigure_super` in `fs/super.c`.
+pub fn forget_share() -> Result<()> {
+    mount(None::<&str>, Path::new(SHARE), None::<&str>, MsFlags::MS_REMOUNT, None::<&str>)
+        .during(|| "have the kernel forget the share")
 }
 
 /// Flushes a mounted file system.

@@ -302,7 +302,7 @@ impl Pod {
     }
 
     /// Forgets a process or a container.
-    pub async fn delete(self: &Arc<Self>, container_id: &str, exec_id: &str) -> Result<()> {
+    pub async fn delete(self: &Arc<Self>, container_id: &str, exec_id: &str) -> Result<api::DeleteResponse> {
         let container = self.container(container_id).await?;
         let (pod, exec_id) = (Arc::clone(self), exec_id.to_owned());
         self.job(async move {
@@ -312,12 +312,12 @@ impl Pod {
                 if let Some(slot) = pod.slots().get_mut(&container.id) {
                     slot.execs.remove(&exec_id);
                 }
-                return Ok(());
+                return Ok(api::DeleteResponse::default());
             }
-            container.delete().await?;
+            let answer = container.delete().await?;
             pod.services.events.forget(&container.id, "");
             pod.slots().remove(&container.id);
-            Ok(())
+            Ok(answer)
         })
         .await
     }

@@ -166,8 +166,7 @@ impl Agent for Connection {
 
     async fn delete(&self, request: Request<api::DeleteRequest>) -> Reply<api::DeleteResponse> {
         let request = request.into_inner();
-        self.pod()?.delete(&request.container_id, &request.exec_id).await?;
-        Ok(Response::new(api::DeleteResponse {}))
+        Ok(Response::new(self.pod()?.delete(&request.container_id, &request.exec_id).await?))
     }
 
     async fn update_sandbox(&self, request: Request<api::UpdateSandboxRequest>) -> Reply<api::UpdateSandboxResponse> {

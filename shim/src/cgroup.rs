@@ -67,6 +67,7 @@ impl PodCgroup {
     pub fn create(directories: Vec<PathBuf>) -> Result<Self> {
         for directory in &directories {
             let made = make(directory).with_context(|| format!("make cgroup {}", directory.display()));
+            hand_down(directory);
             if let Err(error) = made {
                 remove_all(&directories);
                 return Err(error.into());
@@ -143,6 +144,27 @@ fn make(directory: &Path) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+/// On v2, has every cgroup above `directory` hand its controllers down, as runc does: without, a pod has no accounting of its
+/// own unless somebody else saw to it. One that has processes of its own may not, and keeps what it has.
+/// <https://docs.kernel.org/admin-guide/cgroup-v2.html#no-internal-process-constraint>
+fn hand_down(directory: &Path) {
+    const CONTROL: &str = "cgroup.subtree_control";
+    let above: Vec<&Path> = directory.ancestors().skip(1).take_while(|above| above.join(CONTROL).exists()).collect();
+    for above in above.into_iter().rev() {
+        let read = |file: &str| fs::read_to_string(above.join(file)).unwrap_or_default();
+        let handed = read(CONTROL);
+        for controller in read("cgroup.controllers").split_whitespace() {
+            if handed.split_whitespace().any(|known| known == controller) {
+                continue;
+            }
+            // One at a time: one that cannot be had must not keep the others.
+            if let Err(error) = fs::write(above.join(CONTROL), format!("+{controller}")) {
+                tracing::debug!(cgroup = %above.display(), controller, %error, "a controller is not handed down");
+            }
+        }
+    }
 }
 
 /// What is used: every v1 hierarchy with a controller that matters; v2 where no v1 is.

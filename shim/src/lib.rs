@@ -35,6 +35,7 @@ pub mod idmap;
 pub mod log;
 pub mod paths;
 pub mod sizing;
+pub mod stopwatch;
 pub mod timeouts;
 
 pub mod sys;

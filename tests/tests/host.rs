@@ -75,6 +75,13 @@ fn cgroups(_: &Context, pod: &Pod) -> Result<()> {
         let count = inside(&process);
         let everywhere = count == process.cgroups.len();
         ensure!(count > 0 && (!pure_v2 || everywhere), "{} is in {:?}", process.name, process.cgroups);
+        if pure_v2 {
+            let leaf = process.cgroups.first().context("it is in one cgroup")?.trim_start_matches('/');
+            for file in ["memory.current", "cpu.max", "pids.current", "io.stat"] {
+                let path = Path::new("/sys/fs/cgroup").join(leaf).join(file);
+                ensure!(path.exists(), "nobody handed a controller down: there is no {}", path.display());
+            }
+        }
     }
     let shim = faults::find(&pod.node, &pod.id, Part::Shim)?;
     ensure!(inside(&shim) == 0, "the shim is in {:?}", shim.cgroups);

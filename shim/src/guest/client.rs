@@ -176,13 +176,12 @@ impl Guest {
     }
 
     /// Forgets an exited process.
-    pub async fn delete(&self, request: agent::DeleteRequest) -> Result<()> {
+    pub async fn delete(&self, request: agent::DeleteRequest) -> Result<agent::DeleteResponse> {
         self.call("delete in the guest", timeouts::AGENT_CALL, |mut client| {
             let request = request.clone();
             async move { client.delete(request).await }
         })
         .await
-        .map(drop)
     }
 
     /// Changes a container's limits.

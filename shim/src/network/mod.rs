@@ -21,7 +21,7 @@ use bulkhead_proto::agent::{Interface, Neighbour, Route};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-pub use self::tap::Tap;
+pub use self::tap::{Tap, TapFiles};
 use crate::error::{Error, Result};
 
 /// The pod's network as the guest gets it, and the host's ends of it.
@@ -36,6 +36,8 @@ pub struct PodNetwork {
     pub neighbours: Vec<Neighbour>,
     /// For the virtual machine.
     pub taps: Vec<Tap>,
+    /// The same taps' files.
+    pub tap_files: TapFiles,
     /// What [`detach`] undoes; the same that was given to `record`.
     pub links: Vec<Link>,
 }
@@ -97,10 +99,13 @@ pub async fn read_and_attach(
             })
             .collect();
         record(&links)?;
-        let mut taps = Vec::new();
+        let (mut taps, mut tap_files) = (Vec::new(), TapFiles::default());
         for interface in &found.interfaces {
             match attach(&netlink, interface).await {
-                Ok(tap) => taps.push(tap),
+                Ok(tap) => {
+                    tap_files.keep(&tap.fd)?;
+                    taps.push(tap);
+                }
                 Err(error) => {
                     // The links before this one; this one has undone itself.
                     for interface in &found.interfaces[..taps.len()] {
@@ -113,7 +118,7 @@ pub async fn read_and_attach(
             }
         }
         let interfaces = found.interfaces.into_iter().map(netns::FoundInterface::into_guest).collect();
-        Ok(PodNetwork { interfaces, routes: found.routes, neighbours: found.neighbours, taps, links })
+        Ok(PodNetwork { interfaces, routes: found.routes, neighbours: found.neighbours, taps, tap_files, links })
     })
     .await
     .map_err(|error| error.context(format!("network namespace {}", netns.display())))

@@ -1,6 +1,7 @@
 //! The tap: the host's end of one network card of the guest, in the pod's network namespace.
 //!
-//! Not persistent: it ends with its file, so with the virtual machine or with the shim, whichever goes last.
+//! Not persistent: it ends with its last file, so with the virtual machine or with the shim, whichever goes last. An orderly
+//! end leaves that to the shim ([`TapFiles`]).
 //! See <https://docs.kernel.org/networking/tuntap.html>.
 
 use std::fs::OpenOptions;
@@ -26,6 +27,29 @@ pub struct Tap {
     pub mtu: u32,
     /// In the pod's network namespace.
     pub name: String,
+}
+
+/// The files that keep the taps of a pod alive when its virtual machine has ended.
+///
+/// Whoever closes the last file of a tap waits until the kernel has unregistered it, for several of its RCU grace periods,
+/// which is longer than all else that a pod's end takes. QEMU's end would; as it is nobody waits, since nothing depends on
+/// it: the tap is in the pod's network namespace, and no longer joined to the CNI's link.
+#[derive(Debug, Default)]
+#[must_use = "closing them blocks"]
+pub struct TapFiles(Vec<OwnedFd>);
+
+impl TapFiles {
+    /// Keeps the tap of `file` as well.
+    pub fn keep(&mut self, file: &OwnedFd) -> Result<()> {
+        self.0.push(file.try_clone().or_kind(Kind::Internal, "keep a tap's file")?);
+        Ok(())
+    }
+
+    /// Ends the taps. The work goes on to its end when the future is dropped.
+    pub async fn close(self) {
+        // A panic in it was reported by the panic hook.
+        drop(tokio::task::spawn_blocking(move || drop(self.0)).await);
+    }
 }
 
 /// How the names of all taps begin.

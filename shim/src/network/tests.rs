@@ -161,7 +161,9 @@ async fn frames_pass_between_the_outside_and_the_tap_both_ways() {
     assert_eq!(asked.join().expect("runs").expect("an answer arrives"), "are you the guest?");
 
     drop(network.taps);
-    assert!(!pod.ip("-br link").contains("bhtap"), "the tap goes with its file");
+    assert!(pod.ip("-br link").contains("bhtap"), "the tap stays while a file of it is kept");
+    network.tap_files.close().await;
+    assert!(!pod.ip("-br link").contains("bhtap"), "the tap goes with its last file");
 }
 
 /// Echoes the first UDP datagram to port 7; a virtio-net header of ten bytes precedes each frame.

@@ -5,7 +5,6 @@
 //! what is there, which is also how a running pod ends. What does not depend on each other runs at the same time: the
 //! network, virtiofsd, the vsock helper.
 
-use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -37,11 +36,12 @@ use crate::host::HostThread;
 use crate::idmap::{IdMapping, IdMappings};
 use crate::namespace::{self, ShareRoot};
 use crate::network::forward::Forward;
-use crate::network::{self, PodNetwork};
+use crate::network::{self, PodNetwork, TapFiles};
 use crate::process::{Child, ChildExit, Credentials};
 use crate::sandbox::ledger::Ledger;
 use crate::sandbox::spec::SandboxSpec;
 use crate::sizing::{self, Ceiling, Host, VmSize};
+use crate::stopwatch::Stopwatch;
 use crate::storage::container::Place;
 use crate::storage::etc::EtcFiles;
 use crate::storage::share::{Share, ShareLaunch};
@@ -174,9 +174,9 @@ impl Pod {
         all
     }
 
-    /// Ends the pod. Errors are logged; every step is tried.
-    pub async fn tear_down(self, guest: Farewell) {
-        self.parts.tear_down(guest).await;
+    /// Ends the pod, but for its taps, whose files are returned. Errors are logged; every step is tried.
+    pub async fn tear_down(self, guest: Farewell) -> TapFiles {
+        self.parts.tear_down(guest).await
     }
 }
 
@@ -215,7 +215,8 @@ impl Parts {
 
     /// Removes what is there: the guest first, if it still lives; then QEMU, and beside it what does not serve it; then the
     /// rest.
-    async fn tear_down(mut self, farewell: Farewell) {
+    async fn tear_down(mut self, farewell: Farewell) -> TapFiles {
+        let mut stopwatch = Stopwatch::start();
         if let (Some(guest), Some(vm), Farewell::Asked) = (&self.guest, &self.vm, farewell) {
             // The agent ends the containers and syncs before it answers, so nothing is lost when QEMU goes right after.
             let asked = vm.while_alive("shut the guest down", timeouts::GUEST_SHUTDOWN, guest.shutdown()).await;
@@ -225,22 +226,37 @@ impl Parts {
                 Err(error) => tracing::warn!(%error, "the guest did not shut down and is killed"),
             }
         }
-        let (vm, forward, network) =
-            tokio::join!(end_vm(self.vm.take()), end_forward(self.forward.take()), end_network(self.network.take()));
+        stopwatch.lap("guest");
+        // QEMU's end takes longest; it has been killed before anything else is.
+        let mut network = self.network.take().unwrap_or_default();
+        let tap_files = std::mem::take(&mut network.tap_files);
+        let ((vm, vm_took), (share, share_took), (forward, forward_took), (network, network_took)) = tokio::join!(
+            timed(end_vm(self.vm.take())),
+            timed(end_share(self.share.take())),
+            timed(end_forward(self.forward.take())),
+            timed(end_network(network))
+        );
+        stopwatch.lap("vm");
+        let parts = [("qemu", vm_took), ("share", share_took), ("forward", forward_took), ("network", network_took)];
+        for (part, took) in parts {
+            stopwatch.note(&format!("vm.{part}"), took);
+        }
         // Before the helper goes, or it would be told that the connection broke.
         if let Some(task) = self.guest_task.take() {
             task.close().await;
         }
-        let (transport, share) = tokio::join!(end_transport(self.transport.take()), end_share(self.share.take()));
+        let transport = end_transport(self.transport.take()).await;
         if let Some(task) = self.listener_task.take() {
             task.close().await;
         }
+        stopwatch.lap("helpers");
         let mut failed: Vec<String> = [vm, forward, transport, share, network].into_iter().flatten().collect();
         if let Some(cgroup) = self.cgroup.take()
             && let Err(error) = cgroup.remove().await
         {
             failed.push(error.to_string());
         }
+        stopwatch.lap("cgroup");
         // The journal goes last, and only when nothing is left that it names.
         match (failed.is_empty(), self.journal.take()) {
             (true, Some(journal)) => {
@@ -251,7 +267,16 @@ impl Parts {
             (true, None) => {}
             (false, _) => tracing::error!(error = failed.join("; "), "teardown is incomplete; delete will try again"),
         }
+        stopwatch.lap("journal");
+        tracing::info!(elapsed_ms = stopwatch.total().as_millis(), stages = stopwatch.told(), "sandbox torn down");
+        tap_files
     }
+}
+
+async fn timed<T>(work: impl Future<Output = T>) -> (T, Duration) {
+    let begun = Instant::now();
+    let done = work.await;
+    (done, begun.elapsed())
 }
 
 async fn end_vm(vm: Option<Vm>) -> Option<String> {
@@ -274,10 +299,7 @@ async fn end_share(share: Option<Share>) -> Option<String> {
     share.kill().await.err().map(|error| format!("virtiofsd: {error:#}"))
 }
 
-async fn end_network(network: Option<PodNetwork>) -> Option<String> {
-    let network = network?;
-    // The taps' files first: QEMU had copies, and the links end with the last.
-    drop(network.taps);
+async fn end_network(network: PodNetwork) -> Option<String> {
     let mut failed = Vec::new();
     for link in &network.links {
         if let Err(error) = network::detach(link).await {
@@ -363,7 +385,7 @@ pub async fn boot(identity: Arc<SandboxIdentity>, request: BootRequest) -> Resul
             if let Some(console) = parts.vm.as_ref().map(Vm::console_line).filter(|console| !console.is_empty()) {
                 tracing::error!(sandbox_id = %identity.sandbox_id, console, "the guest's console ends before the boot does");
             }
-            parts.tear_down(Farewell::Killed).await;
+            parts.tear_down(Farewell::Killed).await.close().await;
             Err(error.context(format!("boot of sandbox {} ({})", identity.sandbox_id, stopwatch.told())))
         }
     }
@@ -493,9 +515,7 @@ async fn assemble(
     parts.forward = forward;
     let created = created??;
     stopwatch.lap("pod");
-    for stage in created.stages.iter().take(16) {
-        stopwatch.note(&format!("pod.{}", plain(&stage.name)), Duration::from_micros(stage.elapsed_us));
-    }
+    stopwatch.note_guest("pod", &created.stages);
     alive(&request.cancel)?;
     Ok(Access {
         sandbox_id: identity.sandbox_id.clone(),
@@ -633,60 +653,4 @@ fn create_sandbox(spec: &SandboxSpec, network: &PodNetwork) -> agent::CreateSand
             agent::UserNamespace { uids: ranges(&mappings.uids), gids: ranges(&mappings.gids) }
         }),
     }
-}
-
-/// The phases of a boot and how long each took, for one log line.
-#[derive(Debug)]
-struct Stopwatch {
-    begun: Instant,
-    last: Instant,
-    told: String,
-}
-
-impl Stopwatch {
-    fn start() -> Self {
-        let now = Instant::now();
-        Self { begun: now, last: now, told: String::new() }
-    }
-
-    /// Ends the stage `name`.
-    fn lap(&mut self, name: &str) {
-        let now = Instant::now();
-        self.note(name, now - self.last);
-        self.last = now;
-    }
-
-    /// Notes a duration that was measured elsewhere, inside the current stage.
-    fn note(&mut self, name: &str, elapsed: Duration) {
-        // Writing to a string cannot fail.
-        let _ = write!(
-            self.told,
-            "{}{name}={:.1}ms",
-            if self.told.is_empty() { "" } else { " " },
-            elapsed.as_secs_f64() * 1e3
-        );
-    }
-
-    fn total(&self) -> Duration {
-        self.begun.elapsed()
-    }
-
-    fn told(&self) -> &str {
-        &self.told
-    }
-}
-
-/// The agent's stages as one value of a log line.
-pub fn stages(stages: &[agent::Stage]) -> String {
-    // The names come from the guest: few, short, plain.
-    const MOST: usize = 32;
-    let told = stages.iter().take(MOST).map(|stage| {
-        format!("{}={:.1}ms", plain(&stage.name), Duration::from_micros(stage.elapsed_us).as_secs_f64() * 1e3)
-    });
-    told.collect::<Vec<_>>().join(" ")
-}
-
-/// A name of the guest's as it may stand in a log line.
-fn plain(name: &str) -> String {
-    name.chars().filter(|c| c.is_ascii_alphanumeric() || "-_.".contains(*c)).take(32).collect()
 }

@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
 
 use bulkhead_proto::agent;
 use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
@@ -16,10 +15,12 @@ use crate::container::limits::ContainerLimits;
 use crate::container::spec::{self, PidNamespace, Role};
 use crate::container::stdio::{Logged, Stdio, StdioPaths};
 use crate::error::{Error, Result};
-use crate::sandbox::boot::{self, Access, BootRequest, Farewell, Pod};
+use crate::network::TapFiles;
+use crate::sandbox::boot::{Access, BootRequest, Farewell, Pod};
 use crate::sandbox::spec::SandboxSpec;
 use crate::sandbox::state::{State, Step};
 use crate::sandbox::{CreateTask, Reply};
+use crate::stopwatch::Stopwatch;
 use crate::storage::container::ContainerStorage;
 use crate::storage::plan::Mount;
 use crate::storage::volume::Owner;
@@ -173,10 +174,10 @@ impl Driver {
                 }
                 answer(reply, Err(Error::unavailable(format!("create container {id}: sandbox was killed"))));
                 self.jobs.spawn(async move {
-                    if let Ok(pod) = result {
-                        pod.tear_down(Farewell::Killed).await;
-                    }
-                    Done::TornDown
+                    Done::TornDown(match result {
+                        Ok(pod) => pod.tear_down(Farewell::Killed).await,
+                        Err(_) => TapFiles::default(),
+                    })
                 });
             }
         }
@@ -305,7 +306,7 @@ impl Told {
 
 /// Makes a container: storage on the host, streams, then the guest. On an error nothing of it is left.
 async fn make(access: &Access, task: &CreateTask, guest: spec::GuestSpec, target: String) -> Result<Made> {
-    let begun = Instant::now();
+    let mut stopwatch = Stopwatch::start();
     let mut guest_spec = guest.spec;
     if let Some(etc) = &access.etc {
         etc.add_to(&mut guest_spec, access.user_namespace.as_ref());
@@ -320,7 +321,7 @@ async fn make(access: &Access, task: &CreateTask, guest: spec::GuestSpec, target
     let premounted = (!root_path.as_os_str().is_empty()).then_some(root_path.as_path());
     let (storage, rootfs) =
         ContainerStorage::attach(&access.place, owner, &task.rootfs, premounted, &mut guest_spec).await?;
-    let stored = begun.elapsed();
+    stopwatch.lap("storage");
     let made = async {
         let logged = Logged { id: &task.id.0, namespace: &access.namespace };
         let (stdio, told) = Stdio::open(&task.stdio, logged, &access.listener).await?;
@@ -347,13 +348,9 @@ async fn make(access: &Access, task: &CreateTask, guest: spec::GuestSpec, target
     };
     match made.await {
         Ok((stdio, answer)) => {
-            tracing::info!(
-                container_id = %task.id,
-                storage_ms = stored.as_millis(),
-                guest_ms = (begun.elapsed().saturating_sub(stored)).as_millis(),
-                guest_stages = boot::stages(&answer.stages),
-                "container made"
-            );
+            stopwatch.lap("guest");
+            stopwatch.note_guest("guest", &answer.stages);
+            tracing::info!(container_id = %task.id, stages = stopwatch.told(), "container made");
             Ok(Made { storage, stdio })
         }
         Err(error) => {

@@ -34,6 +34,7 @@ use crate::container::{ContainerId, ExecId, ProcessId};
 use crate::error::{Error, Result};
 use crate::events::Events;
 use crate::guest::client::GuestEvent;
+use crate::network::TapFiles;
 use crate::sandbox::boot::{Access, BootRequest, Pod};
 use crate::sandbox::state::{State, Step};
 use crate::sandbox::{Command, Deleted, ProcessState, Reply};
@@ -131,7 +132,8 @@ enum Done {
     Updated(limits::UpdateDone),
     /// QEMU or a helper has ended; the text tells how.
     ChildExited(String),
-    TornDown,
+    /// Nothing of the pod is left but its taps.
+    TornDown(TapFiles),
     /// The job has answered by itself.
     Nothing,
 }
@@ -289,7 +291,7 @@ impl Driver {
             Done::Paused(id, paused, result, reply) => self.on_paused(&id, paused, result, reply),
             Done::Updated(done) => self.on_updated(done),
             Done::ChildExited(what) => self.pod_lost(&what),
-            Done::TornDown => self.on_torn_down(),
+            Done::TornDown(tap_files) => self.on_torn_down(tap_files),
             Done::Nothing => {}
         }
     }

@@ -20,6 +20,7 @@ use crate::sandbox::boot::{Access, Farewell};
 use crate::sandbox::state::State;
 use crate::sandbox::{Deleted, ExecTask, Reply};
 use crate::service::convert::timestamp;
+use crate::stopwatch::Stopwatch;
 
 /// Result of a start's job.
 pub(super) struct StartDone {
@@ -33,6 +34,8 @@ pub(super) struct StartDone {
 pub(super) struct DeleteDone {
     id: ProcessId,
     deleted: Deleted,
+    /// How long each step took.
+    stages: String,
     result: Result<()>,
     reply: Reply<Deleted>,
 }
@@ -260,28 +263,34 @@ impl Driver {
         let access = self.access("delete").ok();
         let id = id.clone();
         self.jobs.spawn(async move {
+            let mut stopwatch = Stopwatch::start();
             join_all(stdio.into_iter().flatten().map(Stdio::close)).await;
+            stopwatch.lap("stdio");
             let mut result = Ok(());
             if let Some(access) = access {
                 if in_guest {
                     let request =
                         agent::DeleteRequest { container_id: id.container.0.clone(), exec_id: id.exec_id().to_owned() };
-                    result = match access.guest.delete(request).await {
-                        Err(error) if error.kind() == Kind::NotFound => Ok(()),
-                        other => other,
-                    };
+                    let answer = access.guest.delete(request).await;
+                    stopwatch.lap("guest");
+                    match answer {
+                        Ok(answer) => stopwatch.note_guest("guest", &answer.stages),
+                        Err(error) if error.kind() == Kind::NotFound => {}
+                        Err(error) => result = Err(error),
+                    }
                 }
                 if let Some(storage) = storage {
                     let detached = storage.detach(&access.place).await;
                     result = result.and(detached);
+                    stopwatch.lap("storage");
                 }
             }
-            Done::Deleted(DeleteDone { id, deleted: gone, result, reply })
+            Done::Deleted(DeleteDone { id, deleted: gone, stages: stopwatch.told().to_owned(), result, reply })
         });
     }
 
     pub(super) fn on_deleted(&mut self, done: DeleteDone) {
-        let DeleteDone { id, deleted, result, reply } = done;
+        let DeleteDone { id, deleted, stages, result, reply } = done;
         if let Err(error) = &result {
             // The container is gone for containerd all the same; what is left goes with the pod.
             tracing::warn!(container_id = %id.container, exec_id = id.exec_id(), %error, "deletion is incomplete");
@@ -299,7 +308,7 @@ impl Driver {
                     ..Default::default()
                 },
             );
-            tracing::info!(container_id = %id.container, "container deleted");
+            tracing::info!(container_id = %id.container, stages, "container deleted");
         }
         answer(reply, Ok(deleted));
     }

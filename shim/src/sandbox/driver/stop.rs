@@ -1,12 +1,14 @@
 //! The end of a sandbox: asked for, or suffered.
 //!
 //! Teardown runs as a job; meanwhile the exits of the pod's containers go out. The sandbox's own exit is published last,
-//! when nothing of the pod is left on the host: containerd removes the network namespace on that word.
+//! when nothing of the pod is left on the host but its taps: containerd removes the network namespace on that word, which has
+//! nothing of ours in it then but a link that is being unregistered.
 
 use super::{Done, Driver, Holding, answer, killed_now};
 use crate::container::ProcessId;
 use crate::container::process::{Exit, Phase, Process};
 use crate::container::spec::Role;
+use crate::network::TapFiles;
 use crate::sandbox::boot::Farewell;
 use crate::sandbox::state::{State, Step};
 
@@ -20,18 +22,22 @@ impl Driver {
         let holding = std::mem::replace(&mut self.holding, Holding::Stop { exit, torn_down: false });
         match holding {
             Holding::Pod(pod) => {
-                self.jobs.spawn(async move {
-                    pod.tear_down(farewell).await;
-                    Done::TornDown
-                });
+                let farewell = if self.guest_is_empty() { Farewell::Killed } else { farewell };
+                self.jobs.spawn(async move { Done::TornDown(pod.tear_down(farewell).await) });
             }
             // The boot's job unwinds by itself; its end is the end of the teardown.
             Holding::Boot(cancel) => cancel.cancel(),
             Holding::Nothing | Holding::Stop { .. } => {
                 tracing::error!(state = was.name(), "sandbox has nothing to stop");
-                self.jobs.spawn(async { Done::TornDown });
+                self.jobs.spawn(async { Done::TornDown(TapFiles::default()) });
             }
         }
+    }
+
+    /// Whether every container of the pod has been deleted: then each of its file systems was unmounted, and there is nothing
+    /// to ask of the guest.
+    fn guest_is_empty(&self) -> bool {
+        self.containers.values().all(|container| container.role == Role::Sandbox)
     }
 
     /// QEMU, a helper or the guest is gone without having been asked to go.
@@ -50,7 +56,7 @@ impl Driver {
         self.begin_stop(killed_now(), Farewell::Killed);
     }
 
-    pub(super) fn on_torn_down(&mut self) {
+    pub(super) fn on_torn_down(&mut self, tap_files: TapFiles) {
         if self.step(Step::TornDown).is_err() {
             return;
         }
@@ -66,6 +72,10 @@ impl Driver {
         }
         self.end_all();
         self.finish_stop();
+        self.jobs.spawn(async move {
+            tap_files.close().await;
+            Done::Nothing
+        });
     }
 
     /// Publishes the sandbox's exit once it is the last one.
