@@ -13,6 +13,8 @@ pub const BAD_HANDLER: &str = "bulkhead-bad";
 pub const SANDBOXER_HANDLER: &str = "bulkhead-sandbox";
 /// [`BAD_HANDLER`] through the sandbox API.
 pub const BAD_SANDBOXER_HANDLER: &str = "bulkhead-sandbox-bad";
+/// [`SANDBOXER_HANDLER`] with containerd's streaming IO in the place of FIFOs.
+pub const STREAMING_HANDLER: &str = "bulkhead-streaming";
 
 /// The handler whose containers have their root file systems in image files (containerd 1.7 and later).
 pub const BLOCK_HANDLER: &str = "bulkhead-block";
@@ -27,7 +29,7 @@ pub const BARE_SANDBOXER_HANDLER: &str = "bulkhead-sandbox-bare";
 pub const SCRATCH_FILE: &str = "scratch.ext4";
 
 /// Handlers of Bulkhead in the order of the file, each with its own configuration file in [`Layout::root`].
-pub const BULKHEAD_HANDLERS: [(&str, &str); 7] = [
+pub const BULKHEAD_HANDLERS: [(&str, &str); 8] = [
     ("bulkhead", "bulkhead.toml"),
     (BAD_HANDLER, "bad.toml"),
     (SANDBOXER_HANDLER, "bulkhead.toml"),
@@ -35,6 +37,7 @@ pub const BULKHEAD_HANDLERS: [(&str, &str); 7] = [
     (BAD_SANDBOXER_HANDLER, "bad.toml"),
     (BARE_HANDLER, "bulkhead.toml"),
     (BARE_SANDBOXER_HANDLER, "bulkhead.toml"),
+    (STREAMING_HANDLER, "bulkhead.toml"),
 ];
 
 /// containerd's configuration.
@@ -99,12 +102,14 @@ mount_options = []
         runc.display()
     );
     for (handler, file) in BULKHEAD_HANDLERS {
-        let by_sandbox_api = [SANDBOXER_HANDLER, BAD_SANDBOXER_HANDLER, BARE_SANDBOXER_HANDLER].contains(&handler);
+        let by_sandbox_api =
+            [SANDBOXER_HANDLER, BAD_SANDBOXER_HANDLER, BARE_SANDBOXER_HANDLER, STREAMING_HANDLER].contains(&handler);
         if by_sandbox_api && !version.is_v2() {
             continue;
         }
         let table = format!("plugins.\"{runtime}\".containerd.runtimes.{handler}");
         let special = match handler {
+            STREAMING_HANDLER => "sandboxer = \"shim\"\nio_type = \"streaming\"\n",
             _ if by_sandbox_api => "sandboxer = \"shim\"\n",
             BLOCK_HANDLER if version != Version::V1_6 => "snapshotter = \"blockfile\"\n",
             _ => "",

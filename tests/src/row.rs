@@ -6,7 +6,9 @@ use std::sync::Arc;
 use anyhow::Result;
 
 use crate::command::Output;
-use crate::config::{BAD_HANDLER, BAD_SANDBOXER_HANDLER, BARE_HANDLER, BARE_SANDBOXER_HANDLER, SANDBOXER_HANDLER};
+use crate::config::{
+    BAD_HANDLER, BAD_SANDBOXER_HANDLER, BARE_HANDLER, BARE_SANDBOXER_HANDLER, SANDBOXER_HANDLER, STREAMING_HANDLER,
+};
 use crate::containerd::Node;
 use crate::ctr::Ctr;
 use crate::pod::{self, Pod, PodSpec};
@@ -18,6 +20,10 @@ pub const BULKHEAD: &[Runtime] = &[Runtime::Bulkhead, Runtime::BulkheadSandbox];
 /// runc, and Bulkhead through either door.
 pub const ALL: &[Runtime] = &[Runtime::Runc, Runtime::Bulkhead, Runtime::BulkheadSandbox];
 
+/// [`ALL`], and Bulkhead with streaming IO: for what concerns a program's input and output.
+pub const ALL_AND_STREAMING: &[Runtime] =
+    &[Runtime::Runc, Runtime::Bulkhead, Runtime::BulkheadSandbox, Runtime::BulkheadStreaming];
+
 /// What runs the pods.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Runtime {
@@ -27,6 +33,8 @@ pub enum Runtime {
     Bulkhead,
     /// Bulkhead through containerd's sandbox API, without a pause container.
     BulkheadSandbox,
+    /// The same with containerd's streaming IO.
+    BulkheadStreaming,
 }
 
 impl Runtime {
@@ -36,6 +44,7 @@ impl Runtime {
             Self::Runc => "runc",
             Self::Bulkhead => "bulkhead",
             Self::BulkheadSandbox => "bulkhead-sandbox",
+            Self::BulkheadStreaming => "bulkhead-streaming",
         }
     }
 
@@ -45,25 +54,31 @@ impl Runtime {
             Self::Runc => "runc",
             Self::Bulkhead => "bulkhead",
             Self::BulkheadSandbox => SANDBOXER_HANDLER,
+            Self::BulkheadStreaming => STREAMING_HANDLER,
         }
     }
 
     /// The handler whose configuration a test may break; there is none for runc, which has no such configuration.
     pub fn bad_handler(self) -> &'static str {
-        if self == Self::BulkheadSandbox { BAD_SANDBOXER_HANDLER } else { BAD_HANDLER }
+        if self.by_sandbox_api() { BAD_SANDBOXER_HANDLER } else { BAD_HANDLER }
     }
 
     /// The handler without options; there is none for runc.
     pub fn bare_handler(self) -> &'static str {
-        if self == Self::BulkheadSandbox { BARE_SANDBOXER_HANDLER } else { BARE_HANDLER }
+        if self.by_sandbox_api() { BARE_SANDBOXER_HANDLER } else { BARE_HANDLER }
     }
 
     /// containerd's name of the runtime.
     pub fn runtime_type(self) -> &'static str {
         match self {
             Self::Runc => "io.containerd.runc.v2",
-            Self::Bulkhead | Self::BulkheadSandbox => "io.containerd.bulkhead.v2",
+            Self::Bulkhead | Self::BulkheadSandbox | Self::BulkheadStreaming => "io.containerd.bulkhead.v2",
         }
+    }
+
+    /// Whether pods come by containerd's sandbox API, which 2.x has.
+    pub fn by_sandbox_api(self) -> bool {
+        matches!(self, Self::BulkheadSandbox | Self::BulkheadStreaming)
     }
 
     /// Whether pods are virtual machines.

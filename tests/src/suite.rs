@@ -32,7 +32,7 @@ pub fn run(versions: &[Version], runtimes: &[Runtime], rows: &'static [Row]) -> 
     let runtimes = wanted_runtimes(runtimes);
     for &version in versions.iter().filter(|version| wanted(releases.as_deref(), &version.to_string())) {
         for &runtime in &runtimes {
-            if runtime == Runtime::BulkheadSandbox && !version.is_v2() {
+            if runtime.by_sandbox_api() && !version.is_v2() {
                 continue;
             }
             let holds = |row: &&Row| {

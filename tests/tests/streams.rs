@@ -9,7 +9,7 @@ use bulkhead_tests::command::{pause, wait_for};
 use bulkhead_tests::container::{ContainerSpec, exec_result, text_of};
 use bulkhead_tests::image::hex;
 use bulkhead_tests::pod::{Pod, PodSpec};
-use bulkhead_tests::row::{ALL, Context, Row};
+use bulkhead_tests::row::{ALL, ALL_AND_STREAMING, Context, Row};
 use bulkhead_tests::suite;
 use bulkhead_tests::terminal::Terminal;
 use bulkhead_tests::tools::Version;
@@ -32,11 +32,11 @@ const ROWS: &[Row] = &[
     Row::in_pod("attach -i reads and writes the program's streams", attach),
     Row::in_pod("a container with a terminal logs what it shows", container_terminal),
     Row::in_pod("two attached see the same output", attach_twice),
-    Row::alone("a container restarted a hundred times in one pod leaves nothing", hundred_restarts),
+    Row::alone("a container restarted a hundred times in one pod leaves nothing", hundred_restarts).only(ALL),
 ];
 
 fn main() -> ExitCode {
-    suite::run(&[Version::V1_6, Version::V2_4], ALL, ROWS)
+    suite::run(&[Version::V1_6, Version::V2_4], ALL_AND_STREAMING, ROWS)
 }
 
 const SOON: Duration = Duration::from_secs(20);

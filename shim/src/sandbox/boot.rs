@@ -20,6 +20,7 @@ use crate::annotations::Annotations;
 use crate::bootstrap::ServeConfig;
 use crate::cgroup::PodCgroup;
 use crate::config::{Asset, Config};
+use crate::container::stdio::streaming::Streams;
 use crate::device::balloon::Balloon;
 use crate::device::block::ScsiController;
 use crate::device::file::FileRole;
@@ -64,6 +65,8 @@ pub struct SandboxIdentity {
     pub directory: PathBuf,
     /// Where containerd reaches the shim.
     pub socket_path: PathBuf,
+    /// The streams that it opens there.
+    pub streams: Streams,
     /// Path of this binary, beside which an installation has its files.
     pub exe: PathBuf,
     /// The configuration that `start` read.
@@ -81,6 +84,7 @@ impl SandboxIdentity {
             bundle: config.bundle.clone(),
             directory: config.sandbox_dir.clone(),
             socket_path: config.socket_path.clone(),
+            streams: Streams::new(config.socket_path.clone()),
             exe: config.exe.clone(),
             config: config.config.clone(),
             options_given: config.options_given,
@@ -107,6 +111,8 @@ pub struct Access {
     pub guest: Guest,
     /// Where streams are registered.
     pub listener: Listener,
+    /// The streams that containerd opens in the place of FIFOs.
+    pub streams: Streams,
     /// Where storage goes.
     pub place: Place,
     /// Files that every container of the pod gets; None where containerd makes them.
@@ -522,6 +528,7 @@ async fn assemble(
         namespace: identity.namespace.clone(),
         guest,
         listener,
+        streams: identity.streams.clone(),
         place: Place { host, share, disks: vm.disks() },
         etc,
         user_namespace: request.spec.user_namespace.clone(),

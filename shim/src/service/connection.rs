@@ -8,6 +8,7 @@ use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
+use bytes::{Buf as _, Bytes};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
 use tokio_util::task::TaskTracker;
@@ -25,13 +26,15 @@ pub struct Connections {
 #[derive(Debug)]
 pub struct Connection {
     stream: UnixStream,
+    /// Read already, and to be read again.
+    ahead: Bytes,
     _open: TaskTrackerToken,
 }
 
 impl Connections {
     /// Counts `stream` from here on.
     pub fn count(&self, stream: UnixStream) -> Connection {
-        Connection { stream, _open: self.open.token() }
+        Connection { stream, ahead: Bytes::new(), _open: self.open.token() }
     }
 
     /// Returns when the last one is closed, or after [`timeouts::HANG_UP`]; true if none is open any more.
@@ -41,8 +44,21 @@ impl Connections {
     }
 }
 
+impl Connection {
+    /// The same connection as if `bytes` had not been read yet.
+    #[must_use]
+    pub fn unread(self, bytes: Bytes) -> Self {
+        Self { ahead: bytes, ..self }
+    }
+}
+
 impl AsyncRead for Connection {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if self.ahead.has_remaining() {
+            let length = self.ahead.len().min(buf.remaining());
+            buf.put_slice(&self.ahead.split_to(length));
+            return Poll::Ready(Ok(()));
+        }
         Pin::new(&mut self.stream).poll_read(cx, buf)
     }
 }

@@ -6,6 +6,7 @@ pub mod connection;
 pub mod convert;
 pub mod cri;
 pub mod sandbox;
+pub mod streaming;
 pub mod task;
 
 use std::collections::HashMap;
@@ -18,10 +19,8 @@ use containerd_shim_protos::shim_async::create_task;
 use containerd_shim_protos::ttrpc::Result as TtrpcResult;
 use containerd_shim_protos::ttrpc::r#async::Server;
 use containerd_shim_protos::ttrpc::r#async::Service;
-use containerd_shim_protos::ttrpc::r#async::transport::{Listener, Socket};
-use futures::{FutureExt as _, TryStreamExt as _};
+use futures::FutureExt as _;
 use tokio::net::UnixListener;
-use tokio_stream::wrappers::UnixListenerStream;
 use tracing::Instrument as _;
 
 use crate::bootstrap::{ServeConfig, creator};
@@ -31,6 +30,7 @@ use crate::sandbox::SandboxHandle;
 use crate::sandbox::boot::{self, SandboxIdentity};
 use crate::sandbox::driver::Driver;
 use connection::Connections;
+use streaming::StreamingService;
 use task::TaskService;
 
 /// What containerd gives the events of a shim that ends; it allows Shutdown three seconds.
@@ -46,11 +46,10 @@ pub async fn run(config: ServeConfig) -> anyhow::Result<()> {
     let (sandbox, commands) = SandboxHandle::new();
     let socket_path = config.socket_path.clone();
     let connections = Connections::default();
+    let listener = listener(config.listener.try_clone().context("take over the shim's socket")?)?;
+    let (calls, streaming) = StreamingService::start(listener, connections.clone(), identity.streams.clone());
     let mut server = Server::new()
-        .add_listener(listener(
-            config.listener.try_clone().context("take over the shim's socket")?,
-            connections.clone(),
-        )?)
+        .add_listener(calls)
         .register_service(task_services(sandbox.clone(), &identity))
         .register_service(sandbox::services(sandbox, &identity));
     server.start().await.context("serve containerd")?;
@@ -61,6 +60,7 @@ pub async fn run(config: ServeConfig) -> anyhow::Result<()> {
         tracing::debug!("connections are still open and will be closed");
     }
     server.shutdown().await.context("stop serving containerd")?;
+    streaming.close().await;
     if !events.shutdown(LAST_EVENTS).await {
         tracing::warn!("containerd did not take the last events");
     }
@@ -108,8 +108,7 @@ async fn serve<T>(
     .await
 }
 
-fn listener(listener: std::os::unix::net::UnixListener, connections: Connections) -> anyhow::Result<Listener> {
+fn listener(listener: std::os::unix::net::UnixListener) -> anyhow::Result<UnixListener> {
     listener.set_nonblocking(true).context("prepare the shim's socket")?;
-    let listener = UnixListener::from_std(listener).context("prepare the shim's socket")?;
-    Ok(Listener::new(UnixListenerStream::new(listener).map_ok(move |stream| Socket::new(connections.count(stream)))))
+    UnixListener::from_std(listener).context("prepare the shim's socket")
 }

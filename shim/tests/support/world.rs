@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bulkhead_shim::container::stdio::StdioPaths;
+use bulkhead_shim::container::stdio::streaming::Streams;
 use bulkhead_shim::container::{ContainerId, ProcessId};
 use bulkhead_shim::error::Result;
 use bulkhead_shim::events::EventQueue;
@@ -295,6 +296,7 @@ async fn boot(root: PathBuf, lost: CancellationToken, shared: SharedAgent, reque
         namespace: "test".into(),
         guest,
         listener,
+        streams: Streams::new("/run/s/x".into()),
         place,
         etc,
         user_namespace: None,

@@ -7,9 +7,9 @@
 //!   neither raises EPIPE nor loses what was written: the writer waits.
 //! - A second handle keeps the stdin FIFO open for writing until `CloseIO`, or the first `attach` that leaves would be EOF.
 //!
-//! Output may also go to a file (`sink`) or to a logging binary of the process's own (`logger`).
+//! Output may also go to a file (`sink`) or to a logging binary of the process's own (`logger`). Where containerd is
+//! told to, it takes streams of its own in the place of FIFOs ([`streaming`]).
 
-use std::path::Path;
 use std::sync::Arc;
 
 use bulkhead_proto::agent;
@@ -22,12 +22,16 @@ use tokio_util::sync::CancellationToken;
 
 use self::logger::Logger;
 use self::sink::{Sink, Sinks};
+use self::source::Hold;
+use self::streaming::Streams;
+use self::streaming::output::Presence;
 use crate::guest::listener::Listener;
 use crate::timeouts;
 
 mod logger;
 mod sink;
 mod source;
+pub mod streaming;
 
 /// Large enough that a stream of log lines costs few system calls, small enough for forty execs at once.
 const BUFFER: usize = wire::ONE_PACKET;
@@ -40,11 +44,12 @@ const OUTPUT_BYTES: usize = 256 * 1024;
 /// Where a process's bytes come from and go to on the host, as the request names them. Empty means none.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct StdioPaths {
-    /// FIFO.
+    /// FIFO, or `ttrpc+unix://SOCKET?streaming_id=ID`.
     pub stdin: String,
-    /// FIFO, or `file:///PATH`, `binary:///PATH?KEY=VALUE`, `binary-v2:///PATH?KEY=VALUE`.
+    /// FIFO, or `file:///PATH`, `binary:///PATH?KEY=VALUE`, `binary-v2:///PATH?KEY=VALUE`,
+    /// `ttrpc+unix://SOCKET?streaming_id=ID`.
     pub stdout: String,
-    /// As `stdout`, and where that is a URI normally the same; unused with `terminal`.
+    /// As `stdout`, and where that is a file or a binary normally the same; unused with `terminal`.
     pub stderr: String,
     /// The process has a pty.
     pub terminal: bool,
@@ -66,15 +71,23 @@ struct Progress {
     ended: bool,
 }
 
+/// How far one output is.
+#[derive(Debug, Clone)]
+struct Outlet {
+    progress: watch::Receiver<Progress>,
+    /// Of the reader of a stream of containerd's.
+    presence: Option<watch::Receiver<Presence>>,
+}
+
 /// The running copies of one process. Dropping it stops them.
 #[derive(Debug)]
 pub struct Stdio {
-    stdout: Option<watch::Receiver<Progress>>,
-    stderr: Option<watch::Receiver<Progress>>,
+    stdout: Option<Outlet>,
+    stderr: Option<Outlet>,
     /// The output FIFOs, to see whether they have been read.
     looks: Arc<Vec<pipe::Receiver>>,
     /// Kept until `CloseIO`.
-    stdin_writer: Option<pipe::Sender>,
+    stdin_hold: Option<Hold>,
     stop: CancellationToken,
     copies: JoinSet<()>,
     /// Those whose output the copies are; more than one only if stdout and stderr name different binaries.
@@ -98,25 +111,26 @@ impl Stdio {
         paths: &StdioPaths,
         logged: Logged<'_>,
         listener: &Listener,
+        streams: &Streams,
     ) -> anyhow::Result<(Self, agent::Stdio)> {
         let mut told = agent::Stdio { terminal: paths.terminal, ..Default::default() };
         let mut stdio = Self {
             stdout: None,
             stderr: None,
             looks: Arc::default(),
-            stdin_writer: None,
+            stdin_hold: None,
             stop: CancellationToken::new(),
             copies: JoinSet::new(),
             loggers: Vec::new(),
         };
-        let sinks = Sinks::open(paths, logged).await?;
+        let sinks = Sinks::open(paths, logged, streams).await?;
         stdio.loggers = sinks.loggers;
         stdio.looks = Arc::new(sinks.looks);
         if !paths.stdin.is_empty() {
-            let (source, writer) = source::open(Path::new(&paths.stdin))?;
+            let (source, hold) = source::open(&paths.stdin, streams)?;
             let token = new_token();
             let ticket = listener.register(token);
-            stdio.stdin_writer = Some(writer);
+            stdio.stdin_hold = Some(hold);
             told.stdin_token = token.to_vec();
             let stop = stdio.stop.clone();
             stdio.copies.spawn(async move {
@@ -127,57 +141,54 @@ impl Stdio {
             });
         }
         if let Some(sink) = sinks.stdout {
-            let (token, progress) = stdio.copy_out(sink, listener);
+            let (token, outlet) = stdio.copy_out(sink, listener);
             told.stdout_token = token;
-            stdio.stdout = Some(progress);
+            stdio.stdout = Some(outlet);
         }
         if let Some(sink) = sinks.stderr {
-            let (token, progress) = stdio.copy_out(sink, listener);
+            let (token, outlet) = stdio.copy_out(sink, listener);
             told.stderr_token = token;
-            stdio.stderr = Some(progress);
+            stdio.stderr = Some(outlet);
         }
         Ok((stdio, told))
     }
 
-    fn copy_out(&mut self, sink: Sink, listener: &Listener) -> (Vec<u8>, watch::Receiver<Progress>) {
+    fn copy_out(&mut self, sink: Sink, listener: &Listener) -> (Vec<u8>, Outlet) {
         let token = new_token();
         let ticket = listener.register(token);
         let (progress, seen) = watch::channel(Progress::default());
+        let outlet = Outlet { progress: seen, presence: sink.presence() };
         let stop = self.stop.clone();
-        self.copies.spawn(async move {
-            tokio::select! {
-                () = stop.cancelled() => {}
-                () = sink::copy(ticket, sink, &progress) => {}
-            }
-            progress.send_modify(|progress| progress.ended = true);
-        });
-        (token.to_vec(), seen)
+        self.copies.spawn(sink::run(sink, ticket, progress, stop));
+        (token.to_vec(), outlet)
     }
 
-    /// Lets the stdin FIFO reach EOF once its last writer on containerd's side is gone.
+    /// Lets stdin reach its end: a FIFO once its last writer on containerd's side is gone, a stream when it ends or
+    /// breaks.
     pub fn close_stdin(&mut self) {
-        self.stdin_writer = None;
+        self.stdin_hold = None;
     }
 
     /// A future that ends when `count` bytes were passed on, or the streams have ended, or after [`timeouts::DRAIN`]; and
     /// containerd has read them, or did not within [`timeouts::FIFO_READ`].
     ///
-    /// Without `count` (the guest is gone) it waits for the ends of the streams. True if nothing was given up on.
-    pub fn drained(&self, count: Option<OutputCount>) -> impl Future<Output = bool> + Send + use<> {
-        let waits = [(self.stdout.clone(), count.map(|c| c.stdout)), (self.stderr.clone(), count.map(|c| c.stderr))];
+    /// Without `count` (the guest is gone) it waits for the ends of the streams. With `reopens` a containerd that is
+    /// away is given [`timeouts::STREAM_REOPEN`] to open its own streams again. True if nothing was given up on.
+    pub fn drained(&self, count: Option<OutputCount>, reopens: bool) -> impl Future<Output = bool> + Send + use<> {
+        let (stdout, stderr) = (self.stdout.clone(), self.stderr.clone());
         let looks = Arc::clone(&self.looks);
         async move {
-            let all = async {
-                for (progress, bytes) in waits {
-                    let Some(mut progress) = progress else { continue };
-                    // An error means the copy is gone, which is an end too.
-                    drop(progress.wait_for(|seen| seen.ended || bytes.is_some_and(|bytes| seen.bytes >= bytes)).await);
+            let passed_on = |outlet: Option<Outlet>, bytes| async move {
+                match outlet {
+                    Some(outlet) => outlet.passed_on(bytes, reopens).await,
+                    None => true,
                 }
             };
-            let passed_on = timeout(timeouts::DRAIN, all).await.is_ok();
+            let (stdout, stderr) =
+                tokio::join!(passed_on(stdout, count.map(|c| c.stdout)), passed_on(stderr, count.map(|c| c.stderr)));
             // A containerd that is down reads nothing, and finds it all when it is back.
             drop(timeout(timeouts::FIFO_READ, sink::read_by_containerd(&looks)).await);
-            passed_on
+            stdout && stderr
         }
     }
 
@@ -189,6 +200,38 @@ impl Stdio {
     }
 }
 
+impl Outlet {
+    /// See [`Stdio::drained`].
+    async fn passed_on(mut self, bytes: Option<u64>, reopens: bool) -> bool {
+        if !self.reaches(reopens, |seen| seen.ended || bytes.is_some_and(|bytes| seen.bytes >= bytes)).await {
+            return false;
+        }
+        let Some(presence) = &mut self.presence else { return true };
+        // The end of the stream is the one thing that containerd acknowledges, by closing it. It has none while a child
+        // in the background holds it.
+        if timeout(timeouts::FIFO_READ, presence.wait_for(|presence| presence.at_end)).await.is_err() {
+            return true;
+        }
+        self.reaches(reopens, |seen| seen.ended).await
+    }
+
+    /// Waits [`timeouts::DRAIN`] for `reached`; if nobody is there, longer for who may come back, and hardly for who will
+    /// not.
+    async fn reaches(&mut self, reopens: bool, reached: impl Fn(&Progress) -> bool) -> bool {
+        // An error means the copy is gone, which is an end too.
+        if timeout(timeouts::FIFO_READ, self.progress.wait_for(&reached)).await.is_ok() {
+            return true;
+        }
+        let away = self.presence.as_ref().is_some_and(|presence| !presence.borrow().connected);
+        let patience = match (away, reopens) {
+            (false, _) => timeouts::DRAIN,
+            (true, true) => timeouts::STREAM_REOPEN,
+            (true, false) => return false,
+        };
+        timeout(patience, self.progress.wait_for(&reached)).await.is_ok()
+    }
+}
+
 fn new_token() -> Token {
     rand::random()
 }
@@ -197,5 +240,65 @@ fn new_token() -> Token {
 fn widen(pipe: &pipe::Sender, bytes: usize) {
     if let Err(error) = rustix::pipe::fcntl_setpipe_size(pipe, bytes) {
         tracing::debug!(%error, "a pipe keeps its size");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::time::Instant;
+
+    use super::*;
+
+    struct Copy {
+        progress: watch::Sender<Progress>,
+        presence: watch::Sender<Presence>,
+    }
+
+    /// A copy to a stream of containerd's that has passed `bytes` on.
+    fn copy(bytes: u64, presence: Presence) -> (Copy, Outlet) {
+        let (progress, seen) = watch::channel(Progress { bytes, ended: false });
+        let (presence, present) = watch::channel(presence);
+        (Copy { progress, presence }, Outlet { progress: seen, presence: Some(present) })
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_exit_waits_until_containerd_has_read_to_the_end() {
+        let (copy, outlet) = copy(5, Presence { connected: true, at_end: false });
+        let waiting = outlet.passed_on(Some(5), true);
+        let begun = Instant::now();
+        let (complete, ()) = tokio::join!(waiting, async {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            copy.presence.send_modify(|presence| presence.at_end = true);
+            tokio::time::sleep(Duration::from_secs(3)).await;
+            copy.progress.send_modify(|progress| progress.ended = true);
+        });
+        assert!(complete);
+        assert_eq!(begun.elapsed(), Duration::from_millis(3100));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_child_that_holds_the_stream_delays_an_exit_by_half_a_second() {
+        let (_copy, outlet) = copy(5, Presence { connected: true, at_end: false });
+        let begun = Instant::now();
+        assert!(outlet.passed_on(Some(5), true).await);
+        assert_eq!(begun.elapsed(), timeouts::FIFO_READ);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_containerd_that_is_away_is_waited_for_if_it_will_come_back() {
+        let gone = Presence::default();
+        let begun = Instant::now();
+        let (_exec, outlet) = copy(4, gone);
+        assert!(!outlet.passed_on(Some(5), false).await);
+        assert_eq!(begun.elapsed(), timeouts::FIFO_READ);
+        let (container, outlet) = copy(4, gone);
+        let (complete, ()) = tokio::join!(outlet.passed_on(Some(5), true), async {
+            tokio::time::sleep(Duration::from_secs(40)).await;
+            container.progress.send_modify(|progress| progress.ended = true);
+            container.presence.send_modify(|presence| presence.at_end = true);
+        });
+        assert!(complete);
     }
 }

@@ -1,4 +1,4 @@
-//! Where a process's output goes on the host: a FIFO of containerd's, a file, or a logging binary.
+//! Where a process's output goes on the host: a FIFO or a stream of containerd's, a file, or a logging binary.
 //!
 //! containerd's URIs and what its own shim does with them:
 //! <https://github.com/containerd/containerd/blob/main/docs/runtime-v2.md#logging>.
@@ -9,20 +9,25 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::Context;
 use bulkhead_proto::wire::Deframer;
 use percent_encoding::percent_decode_str;
 use tokio::fs;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::pipe;
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 use super::logger::{Binary, Ends, Logger, Ready};
+use super::streaming::Streams;
+use super::streaming::output::{Output, Presence};
 use super::{BUFFER, Logged, OUTPUT_BYTES, Progress, StdioPaths, widen};
+use crate::error::{Error, Result};
 use crate::guest::listener::StreamTicket;
 
 /// What output can be given as, for messages.
-pub(super) const ACCEPTED: &str = "a FIFO, file:///PATH, binary:///PATH?KEY=VALUE or binary-v2:///PATH?KEY=VALUE";
+const ACCEPTED: &str = "a FIFO, file:///PATH, binary:///PATH?KEY=VALUE, binary-v2:///PATH?KEY=VALUE or \
+                        ttrpc+unix://SOCKET?streaming_id=ID";
 
 /// The opened ends of a process's output.
 #[derive(Debug, Default)]
@@ -41,6 +46,7 @@ pub(super) struct Sinks {
 pub(super) enum Sink {
     Pipe(pipe::Sender),
     File(fs::File),
+    Stream(Output),
 }
 
 /// What `stdout` or `stderr` of a request says.
@@ -49,11 +55,13 @@ enum Target {
     Fifo(PathBuf),
     File(PathBuf),
     Binary(Binary),
+    /// Scheme of a URI of another kind, and what stands behind `://`.
+    Other(String, String),
 }
 
 impl Sinks {
     /// Opens what `paths` says. Where both outputs name the same logging binary, one process serves both.
-    pub(super) async fn open(paths: &StdioPaths, logged: Logged<'_>) -> anyhow::Result<Self> {
+    pub(super) async fn open(paths: &StdioPaths, logged: Logged<'_>, streams: &Streams) -> anyhow::Result<Self> {
         let stdout = Target::parse(&paths.stdout)?;
         let stderr = match &stdout {
             _ if paths.terminal => None,
@@ -71,8 +79,8 @@ impl Sinks {
             sinks.loggers.push(logger);
             return Ok(sinks);
         }
-        sinks.stdout = sinks.open_one(stdout, logged, |ends| ends.stdout).await?;
-        sinks.stderr = sinks.open_one(stderr, logged, |ends| ends.stderr).await?;
+        sinks.stdout = sinks.open_one(stdout, logged, streams, |ends| ends.stdout).await?;
+        sinks.stderr = sinks.open_one(stderr, logged, streams, |ends| ends.stderr).await?;
         Ok(sinks)
     }
 
@@ -80,6 +88,7 @@ impl Sinks {
         &mut self,
         target: Option<Target>,
         logged: Logged<'_>,
+        streams: &Streams,
         end: fn(Ends) -> pipe::Sender,
     ) -> anyhow::Result<Option<Sink>> {
         Ok(Some(match target {
@@ -96,13 +105,20 @@ impl Sinks {
                 self.loggers.push(logger);
                 Sink::Pipe(end(ends))
             }
+            Some(Target::Other(scheme, rest)) => match streams.claim_uri(&scheme, &rest)? {
+                Some(claim) => Sink::Stream(Output::new(claim)),
+                None => {
+                    let error = format!("output to {scheme}:// is not supported, expected {ACCEPTED}");
+                    return Err(Error::invalid(error).into());
+                }
+            },
         }))
     }
 }
 
 impl Target {
     /// None for an empty text. Errors repeat no query: it may hold secrets.
-    fn parse(text: &str) -> anyhow::Result<Option<Self>> {
+    fn parse(text: &str) -> Result<Option<Self>> {
         if text.is_empty() {
             return Ok(None);
         }
@@ -115,10 +131,13 @@ impl Target {
             "file" => None,
             "binary" => Some(Ready::ByteOrClose),
             "binary-v2" => Some(Ready::Byte),
-            _ => bail!("output to {scheme}:// is not supported, expected {ACCEPTED}"),
+            _ => return Ok(Some(Self::Other(scheme.to_owned(), rest.to_owned()))),
         };
         // What stands before the path would be a host, which has no meaning here.
-        ensure!(path.starts_with('/'), "path of {scheme}://{path} is not absolute, expected {scheme}:///PATH");
+        if !path.starts_with('/') {
+            let error = format!("path of {scheme}://{path} is not absolute, expected {scheme}:///PATH");
+            return Err(Error::invalid(error));
+        }
         let path = PathBuf::from(OsString::from_vec(percent_decode_str(path).collect()));
         Ok(Some(match ready {
             None => Self::File(path),
@@ -155,6 +174,18 @@ impl Sink {
                 // Until it is flushed the data is with a background thread, and must not be counted.
                 file.flush().await
             }
+            Self::Stream(output) => {
+                output.write_all(bytes).await;
+                Ok(())
+            }
+        }
+    }
+
+    /// Where the reader is; None where nobody need be.
+    pub(super) fn presence(&self) -> Option<watch::Receiver<Presence>> {
+        match self {
+            Self::Stream(output) => Some(output.presence()),
+            Self::Pipe(_) | Self::File(_) => None,
         }
     }
 }
@@ -171,8 +202,30 @@ pub(super) async fn read_by_containerd(fifos: &[pipe::Receiver]) {
     }
 }
 
+/// Copies until the end of the guest's stream or until `stop`, and then closes `sink`.
+pub(super) async fn run(
+    mut sink: Sink,
+    ticket: StreamTicket,
+    progress: watch::Sender<Progress>,
+    stop: CancellationToken,
+) {
+    let copied = stop.run_until_cancelled(copy(ticket, &mut sink, &progress)).await.is_some();
+    match sink {
+        // Its end is told, and has come when it was read.
+        Sink::Stream(mut output) => {
+            if copied && stop.run_until_cancelled(output.finish()).await.is_some() {
+                progress.send_modify(|progress| progress.ended = true);
+                let _ = stop.run_until_cancelled(output.linger()).await;
+            }
+            output.hang_up().await;
+        }
+        Sink::Pipe(_) | Sink::File(_) => drop(sink),
+    }
+    progress.send_modify(|progress| progress.ended = true);
+}
+
 /// Guest to host, until the end of the stream.
-pub(super) async fn copy(ticket: StreamTicket, mut sink: Sink, progress: &watch::Sender<Progress>) {
+async fn copy(ticket: StreamTicket, sink: &mut Sink, progress: &watch::Sender<Progress>) {
     let Ok(mut stream) = ticket.wait().await.inspect_err(|error| {
         tracing::debug!(error = %format_args!("{error:#}"), "output stream was not dialled");
     }) else {
@@ -224,12 +277,30 @@ mod tests {
         assert_eq!(target("binary-v2:///bin/log?a=b"), Some(binary(Ready::Byte)));
     }
 
-    #[test]
-    fn a_refused_uri_is_told_without_its_query() {
+    async fn not_opened(stdout: &str) -> Error {
+        let paths = StdioPaths { stdout: stdout.into(), ..StdioPaths::default() };
+        let opened = Sinks::open(&paths, LOGGED, &Streams::new("/run/s/x".into())).await;
+        opened.expect_err("is refused").into()
+    }
+
+    const LOGGED: Logged<'_> = Logged { id: "a", namespace: "n" };
+
+    #[tokio::test]
+    async fn a_refused_uri_is_told_without_its_query() {
+        for scheme in ["https", "grpc+unix", "ttrpc+vsock"] {
+            let error = not_opened(&format!("{scheme}://example.com/?token=secret")).await;
+            assert_eq!(error.kind(), crate::error::Kind::InvalidArgument);
+            assert_eq!(
+                error.to_string(),
+                format!(
+                    "output to {scheme}:// is not supported, expected a FIFO, file:///PATH, binary:///PATH?KEY=VALUE, \
+                     binary-v2:///PATH?KEY=VALUE or ttrpc+unix://SOCKET?streaming_id=ID"
+                )
+            );
+        }
         assert_eq!(
-            refused("https://example.com/?token=secret"),
-            "output to https:// is not supported, expected a FIFO, file:///PATH, binary:///PATH?KEY=VALUE or \
-             binary-v2:///PATH?KEY=VALUE"
+            not_opened("ttrpc+unix:///run/s/y?streaming_id=a").await.kind(),
+            crate::error::Kind::InvalidArgument
         );
         assert_eq!(
             refused("binary://logger?token=secret"),
@@ -244,7 +315,7 @@ mod tests {
         let uri = format!("file://{}", path.display());
         let paths = StdioPaths { stdout: uri.clone(), stderr: uri, ..StdioPaths::default() };
         for _ in 0..2 {
-            let sinks = Sinks::open(&paths, Logged { id: "a", namespace: "n" }).await.expect("opens");
+            let sinks = Sinks::open(&paths, LOGGED, &Streams::new("/run/s/x".into())).await.expect("opens");
             sinks.stdout.expect("is there").write_all(b"out\n").await.expect("writes");
             sinks.stderr.expect("is there").write_all(b"err\n").await.expect("writes");
         }

@@ -324,7 +324,7 @@ async fn make(access: &Access, task: &CreateTask, guest: spec::GuestSpec, target
     stopwatch.lap("storage");
     let made = async {
         let logged = Logged { id: &task.id.0, namespace: &access.namespace };
-        let (stdio, told) = Stdio::open(&task.stdio, logged, &access.listener).await?;
+        let (stdio, told) = Stdio::open(&task.stdio, logged, &access.listener, &access.streams).await?;
         let request = agent::CreateContainerRequest {
             container_id: task.id.0.clone(),
             spec_json: encode(&guest_spec, "spec")?,

@@ -84,7 +84,9 @@ impl Driver {
             }
             held.progress = Held::Draining;
             let process_id = ProcessId { container: id.clone(), exec };
-            let drained = process.stdio.as_ref().map(|stdio| stdio.drained(held.output));
+            // A containerd that was restarted takes up its containers again, and forgets its execs.
+            let reopens = process_id.exec.is_none();
+            let drained = process.stdio.as_ref().map(|stdio| stdio.drained(held.output, reopens));
             self.jobs.spawn(async move {
                 let complete = match drained {
                     Some(drained) => drained.await,

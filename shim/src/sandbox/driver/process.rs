@@ -406,7 +406,7 @@ async fn start_in_guest(access: &Access, id: &ProcessId, exec: Option<ExecStart>
         return Ok(None);
     };
     let logged = Logged { id: id.exec_id(), namespace: &access.namespace };
-    let (stdio, told) = Stdio::open(&exec.paths, logged, &access.listener).await?;
+    let (stdio, told) = Stdio::open(&exec.paths, logged, &access.listener, &access.streams).await?;
     let told = agent::Stdio { height: exec.height, width: exec.width, ..told };
     let started = async {
         access
