@@ -29,6 +29,7 @@ pub mod metrics;
 
 pub mod annotations;
 pub mod config;
+pub mod control;
 pub mod error;
 pub mod host;
 pub mod idmap;
