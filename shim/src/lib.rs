@@ -3,6 +3,7 @@
 //! Modules in reading order; what may use what is in ARCHITECTURE.md.
 
 pub mod bootstrap;
+pub mod cli;
 pub mod service;
 
 pub mod sandbox;
