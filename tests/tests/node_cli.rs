@@ -198,12 +198,12 @@ fn console(context: &Context) -> Result<()> {
     let following = pod.node.bulkhead(&["console", "--follow", &pod.id]).deadline(Duration::from_mins(2)).start()?;
     container.shell(write_memory)?;
     wait_for("the console to have more", SOON, || {
-        ensure!(shown()?.contains("Mem-Info"), "it has not");
+        ensure!(shown()?.contains("sysrq: Show Memory"), "it has not");
         Ok(())
     })?;
     pod.remove_by_force()?;
     let followed = following.finish()?.success()?.text();
-    ensure!(followed.contains("sysrq: HELP") && followed.contains("Mem-Info"), "{followed:?}");
+    ensure!(followed.contains("sysrq: HELP") && followed.contains("sysrq: Show Memory"), "{followed:?}");
     Ok(())
 }
 
