@@ -14,7 +14,7 @@ help: ## this list
 setup: ## install what building and testing takes (Debian 12+ or Ubuntu, as root)
 	tools/setup.sh
 
-build: ## the shim, its vsock helper and the guest's agent, optimised
+build: ## the shim, the node CLI, the vsock helper and the guest's agent, optimised
 	cargo build --locked --release -p bulkhead-shim -p bulkhead-vsock
 	tools/build-agent.sh
 

@@ -3,7 +3,7 @@
 #
 # Usage: install.sh ROOT
 #
-#   bin/                       containerd-shim-bulkhead-v2; containerd must have this in its PATH
+#   bin/                       containerd-shim-bulkhead-v2, which containerd must have in its PATH; bulkhead, the node CLI
 #   libexec/bulkhead/          virtiofsd and bulkhead-vsock
 #   share/bulkhead/VERSION/    vmlinux and initramfs; links without a version beside it name the current ones
 #   share/bulkhead/runtimeclass/  manifests and containerd snippets

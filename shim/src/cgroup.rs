@@ -93,6 +93,16 @@ impl PodCgroup {
     }
 }
 
+/// Where the cgroups of pods will be, for people: the mount points of the hierarchies in use, and whether they are of v2.
+pub fn in_use() -> Result<(Vec<PathBuf>, bool)> {
+    let text = fs::read_to_string("/proc/self/mountinfo")
+        .map_err(|error| Error::internal(format!("read /proc/self/mountinfo: {error}")))?;
+    let hierarchies = hierarchies(&text);
+    let chosen = chosen(&hierarchies);
+    let v2 = chosen.iter().any(|hierarchy| hierarchy.version == Version::V2);
+    Ok((chosen.into_iter().map(|hierarchy| hierarchy.mount_point.clone()).collect(), v2))
+}
+
 /// Removes the leaves in `directories`, each once it is empty. What is not there is well removed. Blocks.
 pub fn remove(directories: &[PathBuf]) -> Result<()> {
     const PATIENCE: Duration = Duration::from_secs(2);

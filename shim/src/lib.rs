@@ -3,6 +3,7 @@
 //! Modules in reading order; what may use what is in ARCHITECTURE.md.
 
 pub mod bootstrap;
+pub mod cli;
 pub mod service;
 
 pub mod sandbox;
@@ -29,6 +30,7 @@ pub mod metrics;
 
 pub mod annotations;
 pub mod config;
+pub mod control;
 pub mod error;
 pub mod host;
 pub mod idmap;

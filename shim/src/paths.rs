@@ -64,9 +64,14 @@ pub fn sandbox_dir(state_dir: &Path, sandbox_id: &str, socket_path: &Path) -> Re
 
 /// Whether `sandbox_dir` is that of the sandbox `id`, of whatever namespace.
 pub fn is_dir_of(sandbox_dir: &Path, id: &str) -> bool {
-    let name = sandbox_dir.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
-    let digits = name.strip_prefix(id).and_then(|rest| rest.strip_prefix('-'));
-    digits.is_some_and(|digits| digits.len() == DIGITS && digits.bytes().all(|byte| byte.is_ascii_hexdigit()))
+    !id.is_empty() && id_of_dir(sandbox_dir) == Some(id)
+}
+
+/// The id of the sandbox that has its run state in `sandbox_dir`; `None` if no sandbox has a directory of such a name.
+pub fn id_of_dir(sandbox_dir: &Path) -> Option<&str> {
+    let (id, digits) = sandbox_dir.file_name()?.to_str()?.rsplit_once('-')?;
+    let is_ours = digits.len() == DIGITS && digits.bytes().all(|byte| byte.is_ascii_hexdigit());
+    (is_ours && check_id("sandbox id", id).is_ok()).then_some(id)
 }
 
 /// Makes `bundle` point at the run state of its sandbox, which need not exist yet. Safe to repeat.
@@ -102,6 +107,16 @@ pub fn write_address(bundle: &Path, address: &str) -> anyhow::Result<()> {
     fs::write(&unfinished, address)
         .and_then(|()| fs::rename(&unfinished, &path))
         .with_context(|| format!("write {}", path.display()))
+}
+
+/// Path of the socket in that file; `None` without one.
+pub fn read_address(bundle: &Path) -> anyhow::Result<Option<PathBuf>> {
+    let path = bundle.join("address");
+    match fs::read_to_string(&path) {
+        Ok(address) => Ok(address.trim().strip_prefix("unix://").map(PathBuf::from)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error).with_context(|| format!("read {}", path.display())),
+    }
 }
 
 #[cfg(test)]

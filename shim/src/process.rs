@@ -281,6 +281,13 @@ pub fn start_time_of(pid: i32) -> Option<u64> {
     stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
 }
 
+/// Whether process `pid` is there and has not ended: one that has, and was not reaped yet, still has its number.
+pub fn has_not_ended(pid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let state = stat.rsplit_once(')').and_then(|(_, fields)| fields.split_whitespace().next());
+    state.is_some_and(|state| !matches!(state, "Z" | "X"))
+}
+
 /// A process that has executed its program and is not supervised yet; dropping it ends the process.
 struct Born {
     pid: Pid,

@@ -54,5 +54,11 @@ pub const HANG_UP: Duration = Duration::from_secs(1);
 pub const HELPER_EXIT: Duration = Duration::from_millis(500);
 /// A shim without a task is asked for something: containerd follows `start` by Create and the last Delete by Shutdown at once.
 pub const UNCLAIMED: Duration = Duration::from_mins(1);
+/// A shim tells the node CLI what it knows.
+pub const REPORT: Duration = Duration::from_secs(2);
+/// A program that the node CLI asks for its version, or for its configuration, answers.
+pub const PROGRAM_ANSWER: Duration = Duration::from_secs(20);
+/// A directory of a sandbox is about to get its journal, which a shim writes as soon as it has made the directory.
+pub const JOURNAL_BEGINS: Duration = Duration::from_mins(1);
 /// A shim answers a Shutdown that `delete` sends it.
 pub const DISMISSAL: Duration = Duration::from_millis(500);

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use bulkhead_shim::container::ContainerId;
 use bulkhead_shim::container::process::Phase;
+use bulkhead_shim::control::Report;
 use bulkhead_shim::error::Kind;
 use bulkhead_shim::sandbox::spec::PodResources;
 use serde_json::json;
@@ -81,6 +82,28 @@ async fn an_exec_exits_before_the_init_and_a_second_delete_finds_nothing() {
         topics,
         ["/tasks/create", "/tasks/start", "/tasks/exec-added", "/tasks/exec-started", "/tasks/exit", "/tasks/exit"]
     );
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn the_report_has_every_process_and_its_phase() {
+    let world = World::start().await;
+    world.create_container("web", json!(["hang"])).await.expect("creates");
+    let report = world.sandbox.report().await.expect("tells");
+    assert_eq!(report.state, "ready");
+    let told = |report: &Report, id: &str| report.containers.iter().find(|container| container.id == id).cloned();
+    assert_eq!(told(&report, World::POD).expect("is told").role, "sandbox");
+    let web = told(&report, "web").expect("is told");
+    assert_eq!((&*web.role, &*web.init.expect("has one").phase), ("container", "created"));
+
+    world.sandbox.start(World::init("web")).await.expect("starts");
+    world.exec("web", "e1", json!(["exit", "7"])).await.expect("registers");
+    world.sandbox.start(World::process("web", "e1")).await.expect("starts");
+    world.sandbox.wait(World::process("web", "e1")).await.expect("exits");
+    let web = told(&world.sandbox.report().await.expect("tells"), "web").expect("is told");
+    assert_eq!(web.init.expect("has one").phase, "running");
+    let exec = web.execs.first().expect("is told");
+    assert_eq!((&*exec.exec_id, &*exec.phase, exec.exit_status), ("e1", "stopped", Some(7)));
     world.stop().await;
 }
 

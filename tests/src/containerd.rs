@@ -97,6 +97,7 @@ impl Node {
         if let Some(bulkhead) = bulkhead {
             let programs = [
                 ("containerd-shim-bulkhead-v2", &bulkhead.shim),
+                ("bulkhead", &bulkhead.cli),
                 ("vmlinux", &bulkhead.kernel),
                 ("initramfs", &bulkhead.initramfs),
                 ("qemu-system-x86_64", &bulkhead.qemu),
@@ -149,12 +150,10 @@ impl Node {
     /// Starts the daemon and waits until it answers.
     pub fn start_daemon(&self) -> Result<()> {
         let log = fs::OpenOptions::new().create(true).append(true).open(self.log_path())?;
-        let path = std::env::var("PATH").unwrap_or_else(|_| "/usr/sbin:/usr/bin:/sbin:/bin".into());
-        let path = format!("{}:{}:{path}", self.layout.root.join("bin").display(), self.tools.directory.display());
         let child = Command::new(self.tools.directory.join("containerd"))
             .arg("--config")
             .arg(self.layout.root.join("containerd.toml"))
-            .env("PATH", path)
+            .env("PATH", self.search_path())
             .env("BULKHEAD_CONFIG", self.layout.root.join("bulkhead.toml"))
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
@@ -253,6 +252,23 @@ impl Node {
             run = run.env(key, value);
         }
         run
+    }
+
+    /// `PATH` of the daemon: the node's own programs first.
+    fn search_path(&self) -> String {
+        let path = std::env::var("PATH").unwrap_or_else(|_| "/usr/sbin:/usr/bin:/sbin:/bin".into());
+        format!("{}:{}:{path}", self.layout.root.join("bin").display(), self.tools.directory.display())
+    }
+
+    /// The node CLI, `bulkhead`, with the configuration of this node's pods.
+    pub fn bulkhead(&self, args: &[&str]) -> Run {
+        self.bulkhead_with("bulkhead.toml", args)
+    }
+
+    /// [`Self::bulkhead`] with another of the node's configuration files.
+    pub fn bulkhead_with(&self, file: &str, args: &[&str]) -> Run {
+        let config = self.layout.root.join(file);
+        Run::new(self.layout.program("bulkhead")).arg("--config").arg(config).args(args).env("PATH", self.search_path())
     }
 
     /// A number that no other name on this node has.

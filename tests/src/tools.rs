@@ -96,6 +96,8 @@ pub fn runc() -> Result<PathBuf> {
 pub struct BulkheadTools {
     /// `containerd-shim-bulkhead-v2`.
     pub shim: PathBuf,
+    /// `bulkhead`, the node CLI.
+    pub cli: PathBuf,
     /// The guest's kernel.
     pub kernel: PathBuf,
     /// The guest's initramfs.
@@ -122,6 +124,8 @@ impl BulkheadTools {
         Ok(Self {
             shim: find("BULKHEAD_SHIM", built.iter().map(|d| d.join("containerd-shim-bulkhead-v2")))
                 .context("the shim: run make build")?,
+            cli: find("BULKHEAD_CLI", built.iter().map(|d| d.join("bulkhead")))
+                .context("the node CLI: run make build")?,
             kernel: find("BULKHEAD_KERNEL", guest.iter().map(|d| d.join("vmlinux")))
                 .context("the guest's kernel: run make guest")?,
             initramfs: find("BULKHEAD_INITRAMFS", guest.iter().map(|d| d.join("initramfs")))

@@ -5,8 +5,6 @@
 //! run state) and in the journal there; every step may have been done before; and a container whose pod lives costs no more
 //! than a look at the socket.
 
-use std::fs;
-use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -75,13 +73,7 @@ struct Server {
 
 impl Server {
     fn of_bundle(bundle: &Path) -> anyhow::Result<Self> {
-        let path = bundle.join("address");
-        let socket_path = match fs::read_to_string(&path) {
-            Ok(address) => address.trim().strip_prefix("unix://").map(PathBuf::from),
-            Err(error) if error.kind() == ErrorKind::NotFound => None,
-            Err(error) => return Err(error).with_context(|| format!("read {}", path.display())),
-        };
-        Ok(Self { socket_path })
+        Ok(Self { socket_path: paths::read_address(bundle)? })
     }
 
     fn answers(&self) -> anyhow::Result<bool> {

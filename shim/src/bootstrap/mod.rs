@@ -17,7 +17,7 @@ mod group;
 mod info;
 mod input;
 mod serve;
-mod socket;
+pub mod socket;
 mod start;
 
 use std::future::Future;

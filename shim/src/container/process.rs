@@ -66,7 +66,8 @@ impl Phase {
         }
     }
 
-    fn name(self) -> &'static str {
+    /// As people are told it, in OCI's words where it has one.
+    pub fn name(self) -> &'static str {
         match self {
             Self::Created => "created",
             Self::Starting => "starting",

@@ -34,7 +34,7 @@ use crate::sys;
 use crate::timeouts;
 
 /// The kernel's device.
-const VHOST_VSOCK: &str = "/dev/vhost-vsock";
+pub const VHOST_VSOCK: &str = "/dev/vhost-vsock";
 
 /// Guest addresses below are reserved (vsock(7)).
 const FIRST_CID: u32 = 3;

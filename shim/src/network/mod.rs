@@ -11,6 +11,7 @@
 
 pub mod forward;
 pub mod netns;
+pub mod probe;
 pub mod redirect;
 pub mod steer;
 pub mod tap;

@@ -52,6 +52,9 @@ impl TapFiles {
     }
 }
 
+/// The kernel's virtio-net worker.
+pub const VHOST_NET: &str = "/dev/vhost-net";
+
 /// How the names of all taps begin.
 pub const PREFIX: &str = "bhtap";
 
@@ -80,7 +83,7 @@ impl Tap {
             tracing::debug!(%error, "the host has no IPv6 to silence on a tap");
         }
         set(LinkUnspec::new_with_index(index).up().build()).await.or_kind(Kind::Internal, at("bring it up"))?;
-        let vhost = OpenOptions::new().read(true).write(true).open("/dev/vhost-net");
+        let vhost = OpenOptions::new().read(true).write(true).open(VHOST_NET);
         Ok((Self { fd, vhost: vhost.ok().map(OwnedFd::from), mac: interface.mac, mtu: interface.mtu, name }, index))
     }
 }

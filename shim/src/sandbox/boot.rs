@@ -476,6 +476,7 @@ async fn assemble(
         cgroup: cgroup.procs()?,
         oom_score_adj: plan.oom_score_adj,
         files,
+        transcript: Some(identity.directory.clone()),
     };
     let vm = match Vm::boot(&host, &vm_config, launch).await {
         Ok(vm) => parts.vm.insert(vm),

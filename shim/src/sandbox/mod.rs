@@ -27,6 +27,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::container::process::{Exit, Phase};
 use crate::container::stdio::StdioPaths;
 use crate::container::{ContainerId, ProcessId};
+use crate::control::Report;
 use crate::error::{Error, Kind, Result};
 use crate::sandbox::spec::{PodResources, SandboxSpec};
 use crate::storage::plan::Mount;
@@ -144,6 +145,8 @@ pub enum Command {
     UpdateSandbox(ContainerId, PodResources, Reply<()>),
     /// See [`SandboxHandle::stop_sandbox`].
     StopSandbox(ContainerId, Reply<watch::Receiver<Option<Exit>>>),
+    /// See [`SandboxHandle::report`].
+    Report(Reply<Report>),
     /// See [`SandboxHandle::shutdown_sandbox`].
     ShutdownSandbox(Reply<()>),
     /// See [`SandboxHandle::shutdown`].
@@ -277,6 +280,11 @@ impl SandboxHandle {
             Ok(_) => Ok(()),
             Err(_) => Err(Error::deadline(format!("the pod did not end within {:?}", timeouts::STOP))),
         }
+    }
+
+    /// Everything the shim knows, for people; answered from the host, whatever the state.
+    pub async fn report(&self) -> Result<Report> {
+        self.ask(Command::Report).await
     }
 
     /// Ends the pod, forgets it and all its containers, and ends the driver; returns when that is done. Safe to repeat.

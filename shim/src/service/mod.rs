@@ -1,8 +1,9 @@
-//! The shim's server: containerd's services in front of one sandbox.
+//! The shim's server: containerd's services in front of one sandbox, and one of our own for the node CLI.
 //!
 //! containerd's generated types stop here: [`convert`] turns them into ours, and errors into status codes.
 
 pub mod connection;
+pub mod control;
 pub mod convert;
 pub mod cri;
 pub mod sandbox;
@@ -16,9 +17,9 @@ use std::time::Duration;
 
 use anyhow::Context;
 use containerd_shim_protos::shim_async::create_task;
-use containerd_shim_protos::ttrpc::Result as TtrpcResult;
 use containerd_shim_protos::ttrpc::r#async::Server;
 use containerd_shim_protos::ttrpc::r#async::Service;
+use containerd_shim_protos::ttrpc::{self, Result as TtrpcResult};
 use futures::FutureExt as _;
 use tokio::net::UnixListener;
 use tracing::Instrument as _;
@@ -51,6 +52,7 @@ pub async fn run(config: ServeConfig) -> anyhow::Result<()> {
     let mut server = Server::new()
         .add_listener(calls)
         .register_service(task_services(sandbox.clone(), &identity))
+        .register_service(control::services(sandbox.clone(), &identity.sandbox_id))
         .register_service(sandbox::services(sandbox, &identity));
     server.start().await.context("serve containerd")?;
     let booter = Box::new(move |request| boot::boot(Arc::clone(&identity), request).boxed());
@@ -106,6 +108,21 @@ async fn serve<T>(
     }
     .instrument(span)
     .await
+}
+
+/// The answer of a method that no generated code serves: a message's bytes, or the error's status.
+fn response(answer: TtrpcResult<Vec<u8>>) -> ttrpc::Response {
+    let mut response = ttrpc::Response::new();
+    let status = match answer {
+        Ok(payload) => {
+            response.set_payload(payload);
+            ttrpc::get_status(ttrpc::Code::OK, String::new())
+        }
+        Err(ttrpc::Error::RpcStatus(status)) => status,
+        Err(other) => ttrpc::get_status(ttrpc::Code::UNKNOWN, other.to_string()),
+    };
+    response.set_status(status);
+    response
 }
 
 fn listener(listener: std::os::unix::net::UnixListener) -> anyhow::Result<UnixListener> {

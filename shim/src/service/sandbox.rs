@@ -16,7 +16,7 @@ use containerd_shim_protos::ttrpc::r#async::{MethodHandler, Service, TtrpcContex
 use containerd_shim_protos::ttrpc::{self, Result as TtrpcResult};
 use serde_json::json;
 
-use super::{convert, cri, serve};
+use super::{convert, cri, response, serve};
 use crate::RUNTIME_NAME;
 use crate::container::{ContainerId, ProcessId};
 use crate::error::{Error, Kind, Result, WithKind};
@@ -230,15 +230,9 @@ impl MethodHandler for UpdateSandbox {
             let request = cri::UpdateSandboxRequest::parse(&request.payload)?;
             self.0.update(request).await
         };
-        let status = match serve("UpdateSandbox", &self.0.sandbox_id, "", updated).await {
-            Ok(()) => ttrpc::get_status(ttrpc::Code::OK, String::new()),
-            Err(ttrpc::Error::RpcStatus(status)) => status,
-            Err(other) => ttrpc::get_status(ttrpc::Code::UNKNOWN, other.to_string()),
-        };
         // The answer has no fields.
-        let mut response = ttrpc::Response::new();
-        response.set_status(status);
-        Ok(response)
+        let updated = serve("UpdateSandbox", &self.0.sandbox_id, "", updated).await.map(|()| Vec::new());
+        Ok(response(updated))
     }
 }
 

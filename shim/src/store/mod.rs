@@ -21,7 +21,8 @@ use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
 use crate::network::Link;
-use crate::process::start_time_of;
+use crate::paths;
+use crate::process::{has_not_ended, start_time_of};
 
 /// Version of the format. Raised when an older program would misread a journal; fields and kinds of entries are only added
 /// under a new one.
@@ -45,6 +46,11 @@ impl ProcessId {
         let pid = rustix::process::getpid().as_raw_nonzero().get();
         let start_time = start_time_of(pid).context("read the start time of this process")?;
         Ok(Self { pid, start_time })
+    }
+
+    /// Whether it is still there and has not ended.
+    pub fn lives(self) -> bool {
+        start_time_of(self.pid) == Some(self.start_time) && has_not_ended(self.pid)
     }
 }
 
@@ -228,8 +234,27 @@ pub fn read(dir: &Path) -> anyhow::Result<Option<State>> {
     serde_json::from_slice(&text).map(Some).with_context(what)
 }
 
+/// Directories of sandboxes below `state_dir`, by name; none if there is no `state_dir`.
+pub fn directories(state_dir: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    let what = || format!("list the state directory {}", state_dir.display());
+    let entries = match fs::read_dir(state_dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error).with_context(what),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry.with_context(what)?.path();
+        if path.is_dir() && paths::id_of_dir(&path).is_some() {
+            found.push(path);
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
 /// Which boot of the host this is.
-fn boot_id() -> anyhow::Result<String> {
+pub fn boot_id() -> anyhow::Result<String> {
     let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").context("read the host's boot id")?;
     Ok(id.trim().to_owned())
 }
@@ -319,6 +344,35 @@ mod tests {
         let error = format!("{:#}", read(dir.path()).expect_err("is refused"));
         assert!(error.contains("is not readable"), "{error}");
         assert!(read(Path::new("/no/such/dir")).expect("is no error").is_none());
+    }
+
+    #[test]
+    fn a_process_that_ended_or_was_another_one_does_not_live() {
+        let own = ProcessId::own().expect("has a start time");
+        assert!(own.lives());
+        assert!(!ProcessId { start_time: own.start_time + 1, ..own }.lives());
+        let mut child = std::process::Command::new("true").spawn().expect("runs");
+        let pid = child.id().cast_signed();
+        let ended = ProcessId { pid, start_time: start_time_of(pid).expect("is there") };
+        rustix::process::waitid(
+            rustix::process::WaitId::Pid(rustix::process::Pid::from_child(&child)),
+            rustix::process::WaitIdOptions::EXITED | rustix::process::WaitIdOptions::NOWAIT,
+        )
+        .expect("ends");
+        assert!(start_time_of(pid).is_some() && !ended.lives(), "a process that nobody has reaped has ended");
+        child.wait().expect("is reaped");
+    }
+
+    #[test]
+    fn only_directories_of_sandboxes_are_listed() {
+        let state_dir = tempfile::tempdir().expect("a directory");
+        for name in ["web-123456", "db-abcdef", "web", "web-12345", "lost+found"] {
+            fs::create_dir(state_dir.path().join(name)).expect("mkdir");
+        }
+        fs::write(state_dir.path().join("file-123456"), "").expect("write");
+        let names = ["db-abcdef", "web-123456"].map(|name| state_dir.path().join(name));
+        assert_eq!(directories(state_dir.path()).expect("lists"), names);
+        assert!(directories(Path::new("/no/such/dir")).expect("is no error").is_empty());
     }
 
     #[test]

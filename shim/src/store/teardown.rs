@@ -5,6 +5,7 @@
 //! told; only when all have succeeded does the sandbox's directory go, and with it the journal, so that a later attempt
 //! knows what is left. The shim ends its own sandboxes by the same steps.
 
+use std::fmt;
 use std::fs;
 use std::io::ErrorKind;
 use std::os::fd::OwnedFd;
@@ -41,6 +42,33 @@ pub enum Step {
     RemoveSocket(PathBuf),
     /// Remove a directory inside the sandbox's own.
     RemoveDirectory(PathBuf),
+}
+
+impl Step {
+    /// Whether there is anything to do: what a journal names may be long gone.
+    pub fn has_work(&self) -> bool {
+        match self {
+            Self::Kill { id, .. } => id.lives(),
+            Self::Detach(link) => !network::netns::is_gone(&link.netns),
+            Self::RemoveCgroup(path)
+            | Self::RemoveCgroupParent(path)
+            | Self::RemoveSocket(path)
+            | Self::RemoveDirectory(path) => path.symlink_metadata().is_ok(),
+        }
+    }
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Kill { role, id } => write!(f, "process {} ({role})", id.pid),
+            Self::Detach(link) => write!(f, "redirect on {} in {}", link.ifname, link.netns.display()),
+            Self::RemoveCgroup(path) => write!(f, "cgroup {}", path.display()),
+            Self::RemoveCgroupParent(path) => write!(f, "cgroup {}, if it is empty", path.display()),
+            Self::RemoveSocket(path) => write!(f, "socket {}", path.display()),
+            Self::RemoveDirectory(path) => write!(f, "directory {}", path.display()),
+        }
+    }
 }
 
 /// What [`plan`] has to know about the present.
@@ -99,15 +127,23 @@ pub fn plan(state: &State, present: Present<'_>) -> Vec<Step> {
 pub fn run(dir: &Path) -> anyhow::Result<()> {
     let deadline = Instant::now() + timeouts::TEARDOWN;
     let Some(_lock) = Lock::acquire(dir, deadline)? else { return Ok(()) };
-    if let Some(state) = super::read(dir)? {
-        let boot_id = super::boot_id()?;
-        let living = living(&state);
-        let steps = plan(&state, Present { boot_id: &boot_id, own: ProcessId::own()?, living: &living });
-        let failed = execute(&steps, dir, deadline);
-        if !failed.is_empty() {
-            let failed: Vec<String> = failed.iter().map(|error| format!("{error:#}")).collect();
-            anyhow::bail!("{}", failed.join("; "));
+    let steps = match super::read(dir)? {
+        Some(state) => {
+            let boot_id = super::boot_id()?;
+            let living = living(&state);
+            plan(&state, Present { boot_id: &boot_id, own: ProcessId::own()?, living: &living })
         }
+        None => Vec::new(),
+    };
+    clear(dir, &steps, deadline)
+}
+
+/// Does the steps, and removes the directory if all have succeeded.
+fn clear(dir: &Path, steps: &[Step], deadline: Instant) -> anyhow::Result<()> {
+    let failed = execute(steps, dir, deadline);
+    if !failed.is_empty() {
+        let failed: Vec<String> = failed.iter().map(|error| format!("{error:#}")).collect();
+        anyhow::bail!("{}", failed.join("; "));
     }
     match fs::remove_dir_all(dir) {
         Err(error) if error.kind() != ErrorKind::NotFound => {
@@ -115,6 +151,30 @@ pub fn run(dir: &Path) -> anyhow::Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// The steps that would remove a sandbox whose shim is gone; `None` if the shim lives, and has the say. Changes nothing.
+///
+/// Without a journal there are none: the shim died before it made anything, or is about to begin.
+pub fn plan_abandoned(dir: &Path) -> anyhow::Result<Option<Vec<Step>>> {
+    let Some(state) = super::read(dir)? else { return Ok(Some(Vec::new())) };
+    let boot_id = super::boot_id()?;
+    if state.boot_id == boot_id && state.shim.lives() {
+        return Ok(None);
+    }
+    let living = living(&state);
+    Ok(Some(plan(&state, Present { boot_id: &boot_id, own: ProcessId::own()?, living: &living })))
+}
+
+/// [`run`] for a sandbox whose shim is gone, and what there was to do; `None` if the shim lives: nothing is touched then.
+pub fn run_abandoned(dir: &Path) -> anyhow::Result<Option<Vec<Step>>> {
+    let deadline = Instant::now() + timeouts::TEARDOWN;
+    // Asked under the lock: by now a new shim may have this directory, if somebody else has cleared it.
+    let Some(_lock) = Lock::acquire(dir, deadline)? else { return Ok(Some(Vec::new())) };
+    let Some(steps) = plan_abandoned(dir)? else { return Ok(None) };
+    let there = steps.iter().filter(|step| step.has_work()).cloned().collect();
+    clear(dir, &steps, deadline)?;
+    Ok(Some(there))
 }
 
 /// Processes of the journal that are still the ones that were recorded.
@@ -431,6 +491,37 @@ mod tests {
         journal(&dir).record(Entry::Link(link)).expect("records");
         run(&dir).expect("tears down");
         assert!(!dir.exists());
+    }
+
+    #[test]
+    fn a_sandbox_whose_shim_lives_is_not_abandoned() {
+        let root = tempfile::tempdir().expect("a directory");
+        let dir = root.path().join("web-123456");
+        let (mut child, id) = sleeper();
+        let state = State::new("web", "k8s.io", Path::new("/bundle"), None).expect("a state");
+        Journal::create(&dir, state).expect("a journal").record(qemu(id)).expect("records");
+        assert_eq!(plan_abandoned(&dir).expect("plans"), None);
+        assert_eq!(run_abandoned(&dir).expect("looks"), None);
+        assert!(dir.exists() && id.lives());
+        child.kill().expect("kill");
+        child.wait().expect("wait");
+    }
+
+    #[test]
+    fn an_abandoned_sandbox_is_removed_and_what_there_was_is_told() {
+        let root = tempfile::tempdir().expect("a directory");
+        let dir = root.path().join("web-123456");
+        let (mut child, id) = sleeper();
+        let gone = Entry::Socket { path: root.path().join("no-such-socket") };
+        journal(&dir).record_all([qemu(id), gone]).expect("records");
+        assert_eq!(plan_abandoned(&dir).expect("plans").map(|steps| steps.len()), Some(2));
+        assert!(dir.exists() && id.lives(), "a plan changes nothing");
+        let waiter = std::thread::spawn(move || child.wait());
+        let told = run_abandoned(&dir).expect("tears down").expect("is abandoned");
+        assert_eq!(told.iter().map(ToString::to_string).collect::<Vec<_>>(), [format!("process {} (QEMU)", id.pid)]);
+        assert!(!dir.exists());
+        assert_eq!(run_abandoned(&dir).expect("again"), Some(Vec::new()));
+        waiter.join().expect("runs").expect("was killed");
     }
 
     #[test]

@@ -23,10 +23,20 @@ type Check = fn(&[u8]) -> Result<(), &'static str>;
 /// Opens both and checks that they are what they should be.
 pub async fn open(kernel: &Path, initramfs: &Path) -> Result<(OwnedFd, OwnedFd), AssetError> {
     let (kernel, initramfs) = (kernel.to_owned(), initramfs.to_owned());
-    let open = move || Ok((open_one("kernel", &kernel, is_kernel)?, open_one("initramfs", &initramfs, is_initramfs)?));
+    let open = move || Ok((open_kernel(&kernel)?, open_initramfs(&initramfs)?));
     tokio::task::spawn_blocking(open).await.unwrap_or_else(|error| {
         Err(AssetError { role: "files", path: PathBuf::new(), reason: format!("not read: {error}") })
     })
+}
+
+/// Opens the kernel and checks that it is one. Blocks.
+pub fn open_kernel(path: &Path) -> Result<OwnedFd, AssetError> {
+    open_one("kernel", path, is_kernel)
+}
+
+/// Opens the initramfs and checks that it is one. Blocks.
+pub fn open_initramfs(path: &Path) -> Result<OwnedFd, AssetError> {
+    open_one("initramfs", path, is_initramfs)
 }
 
 fn open_one(role: &'static str, path: &Path, check: Check) -> Result<OwnedFd, AssetError> {

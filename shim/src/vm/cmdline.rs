@@ -3,6 +3,8 @@
 //! What every VM has in common is here, devices render themselves. Machines:
 //! <https://www.qemu.org/docs/master/system/i386/microvm.html>, <https://www.qemu.org/docs/master/system/i386/pc.html>
 
+use serde::Serialize;
+
 use crate::device::Device;
 use crate::device::console::Console;
 use crate::device::file::{FileRole, FileTable};
@@ -61,6 +63,41 @@ pub fn render(config: &VmConfig) -> Result<CommandLine, SlotError> {
         device.args(*address, &mut args, &mut files);
     }
     Ok(CommandLine { args, files, machine: plan.machine })
+}
+
+/// What a running QEMU was started as, for people who look at it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Shape {
+    /// As QEMU calls it.
+    pub machine: String,
+    /// None for one that this program does not know.
+    pub accel: Option<Accel>,
+    /// vCPUs.
+    pub vcpus: u32,
+    /// In MiB.
+    pub memory_mib: u32,
+}
+
+/// The shape of a VM whose command line has these `words`: the inverse of [`render`], for what it says of the size.
+///
+/// None if it is no command line that any version of [`render`] has made.
+pub fn read_back<'a>(words: impl Iterator<Item = &'a str> + Clone) -> Option<Shape> {
+    // The first property of an option's value, which is what the option is about.
+    let value = |option: &str| {
+        let value = words.clone().skip_while(|word| *word != option).nth(1)?;
+        Some(value.split_once(',').map_or(value, |(first, _)| first))
+    };
+    let accel = match value("-accel")? {
+        "kvm" => Some(Accel::Kvm),
+        "tcg" => Some(Accel::Tcg),
+        _ => None,
+    };
+    Some(Shape {
+        machine: value("-machine")?.to_owned(),
+        accel,
+        vcpus: value("-smp")?.parse().ok()?,
+        memory_mib: value("-m")?.strip_suffix('M')?.parse().ok()?,
+    })
 }
 
 fn accelerator(accel: Accel, args: &mut Args) {
@@ -195,6 +232,18 @@ mod tests {
             devices.push(Device::Net(Net { id: id(&format!("net{index}")), mac, vhost: false }));
         }
         assert_eq!(render(&config(Accel::Tcg, Machine::Auto, devices)).expect("fits").machine, MachineType::Q35);
+    }
+
+    #[test]
+    fn what_was_rendered_is_read_back() {
+        for (accel, machine, name) in [(Accel::Kvm, Machine::Auto, "microvm"), (Accel::Tcg, Machine::Q35, "q35")] {
+            let words: Vec<std::ffi::OsString> =
+                render(&config(accel, machine, in_processes())).expect("fits").args.into();
+            let words: Vec<&str> = words.iter().filter_map(|word| word.to_str()).collect();
+            let shape = read_back(words.iter().copied()).expect("is ours");
+            assert_eq!(shape, Shape { machine: name.into(), accel: Some(accel), vcpus: 2, memory_mib: 256 });
+        }
+        assert_eq!(read_back(["qemu", "-m", "1G"].into_iter()), None);
     }
 
     #[test]

@@ -9,6 +9,7 @@ pub mod clock;
 pub mod cmdline;
 pub mod config;
 pub mod disks;
+pub mod transcript;
 
 use std::future::Future;
 use std::os::fd::OwnedFd;
@@ -31,6 +32,7 @@ use crate::timeouts;
 use crate::vm::cmdline::CommandLine;
 use crate::vm::config::VmConfig;
 use crate::vm::disks::Disks;
+use crate::vm::transcript::Transcript;
 
 /// How much of the console is kept.
 const CONSOLE_TAIL: usize = 64 << 10;
@@ -116,6 +118,8 @@ pub struct VmLaunch {
     /// The file behind each role of the devices: taps, vhost devices, vhost-user sockets. Kernel, initramfs, console and
     /// monitor are opened here.
     pub files: Vec<(FileRole, OwnedFd)>,
+    /// Directory where the console is recorded: see [`transcript`]. None: nowhere.
+    pub transcript: Option<PathBuf>,
 }
 
 /// A running, or ended, VM. Dropping it kills QEMU.
@@ -159,7 +163,7 @@ impl Vm {
         // The console first: a guest that nobody reads stalls.
         let tail = Tail::new(CONSOLE_TAIL);
         let tasks = TaskTracker::new();
-        tasks.spawn(read_console(console, tail.clone()));
+        tasks.spawn(read_console(console, tail.clone(), launch.transcript));
         tasks.close();
         let qmp = tokio::select! {
             biased;
@@ -243,11 +247,17 @@ impl Vm {
     }
 }
 
-/// Reads the console until QEMU closes it.
-async fn read_console(mut console: UnixStream, tail: Tail) {
+/// Reads the console until QEMU closes it, and records it in `directory`.
+async fn read_console(mut console: UnixStream, tail: Tail, directory: Option<PathBuf>) {
     let mut buffer = [0; 4096];
+    let mut transcript = directory.map(Transcript::new);
     while let Ok(read @ 1..) = console.read(&mut buffer).await {
         tail.push(&buffer[..read]);
+        let Some(recorder) = &mut transcript else { continue };
+        if let Err(error) = recorder.append(&buffer[..read]).await {
+            tracing::warn!(error = %format_args!("{error:#}"), "the guest's console is no longer recorded");
+            transcript = None;
+        }
     }
 }
 

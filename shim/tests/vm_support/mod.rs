@@ -99,6 +99,7 @@ impl Bench {
             cgroup: Vec::new(),
             oom_score_adj: None,
             files: Vec::new(),
+            transcript: None,
         }
     }
 

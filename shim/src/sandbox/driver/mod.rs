@@ -10,6 +10,7 @@ mod door;
 mod exit;
 mod limits;
 mod process;
+mod report;
 mod stop;
 
 use std::collections::BTreeMap;
@@ -242,6 +243,7 @@ impl Driver {
             Command::Status(id, reply) => answer(reply, self.status(&id)),
             Command::UpdateSandbox(id, resources, reply) => self.update_sandbox(&id, resources, reply),
             Command::StopSandbox(id, reply) => answer(reply, self.stop_sandbox(&id)),
+            Command::Report(reply) => answer(reply, Ok(self.report())),
             Command::ShutdownSandbox(reply) => self.shutdown_sandbox(reply),
             Command::Shutdown(reply) => {
                 // With nothing left to ask about, a pod on its way down is waited for, and then the shim ends.
