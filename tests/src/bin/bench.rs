@@ -36,6 +36,14 @@ const EXEC_OUT: &str = "exec stream out (MB/s)";
 const EXEC_IN: &str = "exec stream in (MB/s)";
 const ORDER: [&str; 7] = [RUNP, FIRST_LINE, EXEC, STOP, LOG, EXEC_OUT, EXEC_IN];
 
+/// What the shim tells the stages of, by the message of its log.
+const STAGED: [(&str, &str); 4] = [
+    ("sandbox started", "a cold start"),
+    ("container made", "a container's creation"),
+    ("container deleted", "a container's removal"),
+    ("sandbox torn down", "a pod's end"),
+];
+
 /// Of a log, and of an exec: long enough that the start of the program does not count.
 const LOG_BYTES: usize = 50_000_000;
 const STREAM_BYTES: usize = 150_000_000;
@@ -61,7 +69,8 @@ struct Report {
     memory: BTreeMap<&'static str, Vec<(String, u64)>>,
     guest_ram_kib: u64,
     bare_boot: Samples,
-    stages: Vec<(String, Samples)>,
+    /// By the message of the log line that tells them.
+    stages: BTreeMap<&'static str, Vec<(String, Samples)>>,
 }
 
 fn bench() -> Result<()> {
@@ -102,7 +111,8 @@ fn measure_all(node: &Arc<Node>, tools: &BulkheadTools, rounds: usize) -> Result
             life(node, runtime, report.runtimes.entry(runtime.name()).or_default())?;
         }
     }
-    report.stages = stages(&node.log_since(log_position, usize::MAX));
+    let log = node.log_since(log_position, usize::MAX);
+    report.stages = STAGED.iter().map(|(message, _)| (*message, stages(&log, message))).collect();
     for runtime in runtimes {
         eprintln!("streams: {}", runtime.name());
         streams(node, runtime, report.runtimes.entry(runtime.name()).or_default(), rounds.div_ceil(3))?;
@@ -209,10 +219,11 @@ fn guest_ram_kib(qemu: &Process) -> Result<u64> {
     Ok(largest)
 }
 
-/// Stage timings of every cold start in the log, by stage, in the order in which stages come.
-fn stages(log: &str) -> Vec<(String, Samples)> {
+/// Stage timings of every line with `message` in the log, by stage, in the order in which stages come.
+fn stages(log: &str, message: &str) -> Vec<(String, Samples)> {
     let mut found: Vec<(String, Samples)> = Vec::new();
-    for line in log.lines().filter(|line| line.contains("msg=\"sandbox started\"")) {
+    let message = format!("msg=\"{message}\"");
+    for line in log.lines().filter(|line| line.contains(&message)) {
         let Some((_, rest)) = line.split_once("stages=\"") else { continue };
         let text = rest.split('"').next().unwrap_or_default();
         for (name, value) in parse_stages(text) {
@@ -264,9 +275,11 @@ fn print_report(report: &Report, verdicts: &[Verdict]) {
         }
     }
     println!("  {:<10} {:<18} {:>8} KiB", "bulkhead", "guest RAM touched", report.guest_ram_kib);
-    println!("\nstages of a cold start inside the shim (ms, median)");
-    for (name, samples) in &report.stages {
-        println!("  {name:<28} {:>8.1}", samples.median().unwrap_or(f64::NAN));
+    for (message, what) in STAGED {
+        println!("\nstages of {what} inside the shim (ms, median)");
+        for (name, samples) in report.stages.get(message).into_iter().flatten() {
+            println!("  {name:<28} {:>8.1}", samples.median().unwrap_or(f64::NAN));
+        }
     }
     println!("\npromises");
     for verdict in verdicts {

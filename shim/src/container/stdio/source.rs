@@ -67,7 +67,7 @@ pub(super) async fn copy(source: Source, ticket: StreamTicket) {
             if let Ok(mut stream) = stream {
                 copy_stream(&mut input, &mut stream).await;
             }
-            input.discard().await
+            input.discard().await;
         }
     }
 }
