@@ -23,7 +23,8 @@ pub const DRAIN: Duration = Duration::from_secs(10);
 pub const FIFO_READ: Duration = Duration::from_millis(500);
 /// A connection of containerd's says by its first request whether it is a stream, and a stream which one it is.
 pub const STREAM_INIT: Duration = Duration::from_secs(10);
-/// A containerd that is away opens the streams of a container that has exited, to read the last output before it hears of that.
+/// A containerd that is away opens the streams of a container that has exited, to read the last output before it hears
+/// of that.
 pub const STREAM_REOPEN: Duration = Duration::from_mins(1);
 /// One QMP command.
 pub const QMP_COMMAND: Duration = Duration::from_secs(10);

@@ -1,8 +1,8 @@
 //! containerd's Streaming service, `containerd.services.streaming.v1.Streaming`, with the one method `Stream`.
 //!
-//! containerd dials the shim anew for each stream, so a connection is either one stream or carries calls, and its first request
-//! says which. Streams go to [`Streams`]; everything else, as if it had not been looked at, to the server of the other services,
-//! whose streams would not do ([`crate::container::stdio::streaming::Link`]).
+//! containerd dials the shim anew for each stream, so a connection is either one stream or carries calls, and its first
+//! request says which. Streams go to [`Streams`]; everything else, as if it had not been looked at, to the server of
+//! the other services, whose streams would not do ([`crate::container::stdio::streaming::Link`]).
 
 use std::io;
 use std::time::Duration;
@@ -54,7 +54,8 @@ enum First {
 }
 
 impl StreamingService {
-    /// Starts accepting. Connections without a stream come out of the listener that is returned; `connections` counts all.
+    /// Starts accepting. Connections without a stream come out of the listener that is returned; `connections` counts
+    /// all.
     pub fn start(listener: UnixListener, connections: Connections, streams: Streams) -> (Listener, Self) {
         let (calls, queue) = mpsc::channel(QUEUE);
         let stop = CancellationToken::new();
@@ -64,8 +65,8 @@ impl StreamingService {
         (Listener::new(ReceiverStream::new(queue)), Self { stop, task })
     }
 
-    /// Ends the task and every stream that no process has claimed, and waits for that. The server of the other services must
-    /// have ended: it does not expect its listener to.
+    /// Ends the task and every stream that no process has claimed, and waits for that. The server of the other services
+    /// must have ended: it does not expect its listener to.
     pub async fn close(self) {
         self.stop.cancel();
         // A panic was reported where it happened; nothing is left to close.
@@ -111,7 +112,8 @@ async fn serve(connection: Connection, streams: Streams, calls: mpsc::Sender<io:
     }
 }
 
-/// Looks at the first request. Who sends none in time will not want a stream: containerd opens one when it has connected.
+/// Looks at the first request. Who sends none in time will not want a stream: containerd opens one when it has
+/// connected.
 async fn first_request(mut connection: Connection) -> First {
     let mut read = Vec::new();
     let stream_id = match timeout(timeouts::STREAM_INIT, opens_stream(&mut connection, &mut read)).await {
@@ -128,8 +130,8 @@ async fn first_request(mut connection: Connection) -> First {
     }
 }
 
-/// The number of the stream that the first request opens; None if it is another request. `read` is what was read, at every
-/// moment. Cancel safe.
+/// The number of the stream that the first request opens; None if it is another request. `read` is what was read, at
+/// every moment. Cancel safe.
 async fn opens_stream(connection: &mut Connection, read: &mut Vec<u8>) -> io::Result<Option<u32>> {
     fill(connection, read, MESSAGE_HEADER_LENGTH).await?;
     let header = MessageHeader::from(read.as_slice());

@@ -7,8 +7,8 @@
 //!   neither raises EPIPE nor loses what was written: the writer waits.
 //! - A second handle keeps the stdin FIFO open for writing until `CloseIO`, or the first `attach` that leaves would be EOF.
 //!
-//! Output may also go to a file (`sink`) or to a logging binary of the process's own (`logger`). Where containerd is told to, it
-//! takes streams of its own in the place of FIFOs ([`streaming`]).
+//! Output may also go to a file (`sink`) or to a logging binary of the process's own (`logger`). Where containerd is
+//! told to, it takes streams of its own in the place of FIFOs ([`streaming`]).
 
 use std::sync::Arc;
 
@@ -163,7 +163,8 @@ impl Stdio {
         (token.to_vec(), outlet)
     }
 
-    /// Lets stdin reach its end: a FIFO once its last writer on containerd's side is gone, a stream when it ends or breaks.
+    /// Lets stdin reach its end: a FIFO once its last writer on containerd's side is gone, a stream when it ends or
+    /// breaks.
     pub fn close_stdin(&mut self) {
         self.stdin_hold = None;
     }
@@ -171,8 +172,8 @@ impl Stdio {
     /// A future that ends when `count` bytes were passed on, or the streams have ended, or after [`timeouts::DRAIN`]; and
     /// containerd has read them, or did not within [`timeouts::FIFO_READ`].
     ///
-    /// Without `count` (the guest is gone) it waits for the ends of the streams. With `reopens` a containerd that is away is
-    /// given [`timeouts::STREAM_REOPEN`] to open its own streams again. True if nothing was given up on.
+    /// Without `count` (the guest is gone) it waits for the ends of the streams. With `reopens` a containerd that is
+    /// away is given [`timeouts::STREAM_REOPEN`] to open its own streams again. True if nothing was given up on.
     pub fn drained(&self, count: Option<OutputCount>, reopens: bool) -> impl Future<Output = bool> + Send + use<> {
         let (stdout, stderr) = (self.stdout.clone(), self.stderr.clone());
         let looks = Arc::clone(&self.looks);
@@ -206,23 +207,28 @@ impl Outlet {
             return false;
         }
         let Some(presence) = &mut self.presence else { return true };
-        // The end of the stream is the one thing that containerd acknowledges, by closing it. It has none while a child in the
-        // background holds it.
+        // The end of the stream is the one thing that containerd acknowledges, by closing it. It has none while a child
+        // in the background holds it.
         if timeout(timeouts::FIFO_READ, presence.wait_for(|presence| presence.at_end)).await.is_err() {
             return true;
         }
         self.reaches(reopens, |seen| seen.ended).await
     }
 
-    /// Waits [`timeouts::DRAIN`] for `reached`; longer if nobody is there, who may come back.
+    /// Waits [`timeouts::DRAIN`] for `reached`; if nobody is there, longer for who may come back, and hardly for who will
+    /// not.
     async fn reaches(&mut self, reopens: bool, reached: impl Fn(&Progress) -> bool) -> bool {
         // An error means the copy is gone, which is an end too.
-        if timeout(timeouts::DRAIN, self.progress.wait_for(&reached)).await.is_ok() {
+        if timeout(timeouts::FIFO_READ, self.progress.wait_for(&reached)).await.is_ok() {
             return true;
         }
-        reopens
-            && self.presence.as_ref().is_some_and(|presence| !presence.borrow().connected)
-            && timeout(timeouts::STREAM_REOPEN, self.progress.wait_for(&reached)).await.is_ok()
+        let away = self.presence.as_ref().is_some_and(|presence| !presence.borrow().connected);
+        let patience = match (away, reopens) {
+            (false, _) => timeouts::DRAIN,
+            (true, true) => timeouts::STREAM_REOPEN,
+            (true, false) => return false,
+        };
+        timeout(patience, self.progress.wait_for(&reached)).await.is_ok()
     }
 }
 
@@ -234,5 +240,65 @@ fn new_token() -> Token {
 fn widen(pipe: &pipe::Sender, bytes: usize) {
     if let Err(error) = rustix::pipe::fcntl_setpipe_size(pipe, bytes) {
         tracing::debug!(%error, "a pipe keeps its size");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::time::Instant;
+
+    use super::*;
+
+    struct Copy {
+        progress: watch::Sender<Progress>,
+        presence: watch::Sender<Presence>,
+    }
+
+    /// A copy to a stream of containerd's that has passed `bytes` on.
+    fn copy(bytes: u64, presence: Presence) -> (Copy, Outlet) {
+        let (progress, seen) = watch::channel(Progress { bytes, ended: false });
+        let (presence, present) = watch::channel(presence);
+        (Copy { progress, presence }, Outlet { progress: seen, presence: Some(present) })
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_exit_waits_until_containerd_has_read_to_the_end() {
+        let (copy, outlet) = copy(5, Presence { connected: true, at_end: false });
+        let waiting = outlet.passed_on(Some(5), true);
+        let begun = Instant::now();
+        let (complete, ()) = tokio::join!(waiting, async {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            copy.presence.send_modify(|presence| presence.at_end = true);
+            tokio::time::sleep(Duration::from_secs(3)).await;
+            copy.progress.send_modify(|progress| progress.ended = true);
+        });
+        assert!(complete);
+        assert_eq!(begun.elapsed(), Duration::from_millis(3100));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_child_that_holds_the_stream_delays_an_exit_by_half_a_second() {
+        let (_copy, outlet) = copy(5, Presence { connected: true, at_end: false });
+        let begun = Instant::now();
+        assert!(outlet.passed_on(Some(5), true).await);
+        assert_eq!(begun.elapsed(), timeouts::FIFO_READ);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_containerd_that_is_away_is_waited_for_if_it_will_come_back() {
+        let gone = Presence::default();
+        let begun = Instant::now();
+        let (_exec, outlet) = copy(4, gone);
+        assert!(!outlet.passed_on(Some(5), false).await);
+        assert_eq!(begun.elapsed(), timeouts::FIFO_READ);
+        let (container, outlet) = copy(4, gone);
+        let (complete, ()) = tokio::join!(outlet.passed_on(Some(5), true), async {
+            tokio::time::sleep(Duration::from_secs(40)).await;
+            container.progress.send_modify(|progress| progress.ended = true);
+            container.presence.send_modify(|presence| presence.at_end = true);
+        });
+        assert!(complete);
     }
 }

@@ -210,13 +210,16 @@ pub(super) async fn run(
     stop: CancellationToken,
 ) {
     let copied = stop.run_until_cancelled(copy(ticket, &mut sink, &progress)).await.is_some();
-    // The end of a pipe is its close. That of a stream is told, and has come when it was read.
-    if let Sink::Stream(mut output) = sink {
-        if copied && stop.run_until_cancelled(output.finish()).await.is_some() {
-            progress.send_modify(|progress| progress.ended = true);
-            let _ = stop.run_until_cancelled(output.linger()).await;
+    match sink {
+        // Its end is told, and has come when it was read.
+        Sink::Stream(mut output) => {
+            if copied && stop.run_until_cancelled(output.finish()).await.is_some() {
+                progress.send_modify(|progress| progress.ended = true);
+                let _ = stop.run_until_cancelled(output.linger()).await;
+            }
+            output.hang_up().await;
         }
-        output.hang_up().await;
+        Sink::Pipe(_) | Sink::File(_) => drop(sink),
     }
     progress.send_modify(|progress| progress.ended = true);
 }

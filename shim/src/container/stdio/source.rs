@@ -54,8 +54,8 @@ fn open_fifo(path: &str) -> anyhow::Result<(pipe::Receiver, pipe::Sender)> {
     Ok((receiver, sender))
 }
 
-/// Host to guest, until the end of input or until the guest's reader is gone; from a stream what comes after that is taken
-/// and dropped, for ever.
+/// Host to guest, until the end of input or until the guest's reader is gone; from a stream what comes after that is
+/// taken and dropped, for ever.
 pub(super) async fn copy(source: Source, ticket: StreamTicket) {
     let stream = ticket.wait().await.inspect_err(|error| {
         tracing::debug!(error = %format_args!("{error:#}"), "stdin stream was not dialled");
@@ -67,7 +67,7 @@ pub(super) async fn copy(source: Source, ticket: StreamTicket) {
             if let Ok(mut stream) = stream {
                 copy_stream(&mut input, &mut stream).await;
             }
-            input.discard().await
+            input.discard().await;
         }
     }
 }

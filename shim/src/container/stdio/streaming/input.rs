@@ -1,10 +1,11 @@
 //! A process's input by a stream of containerd's.
 //!
-//! containerd closes the stream and then calls `CloseIO`. Closing alone is the end of input; `CloseIO` alone is not, as it is
-//! not with a FIFO that containerd still holds open: it only says that a stream that breaks will not be opened again.
+//! containerd closes the stream and then calls `CloseIO`. Closing alone is the end of input; `CloseIO` alone is not, as
+//! it is not with a FIFO that containerd still holds open: it only says that a stream that breaks will not be opened
+//! again.
 //!
-//! containerd's writer waits for its window without a look at anything else, even at the end of the connection. So a client
-//! whose bytes have no reader any more is served all the same, or `exec -i` would never return.
+//! containerd's writer waits for its window without a look at anything else, even at the end of the connection. So a
+//! client whose bytes have no reader any more is served all the same, or `exec -i` would never return.
 
 use bytes::Bytes;
 use tokio_util::sync::CancellationToken;

@@ -2,11 +2,11 @@
 //!
 //! A frame is a header of ten bytes (length, stream id, type, flags) and a message; see
 //! <https://github.com/containerd/ttrpc/blob/main/PROTOCOL.md>. What the messages are, and which side sends which, is
-//! containerd's `core/transfer/streaming`: the side that reads sends `WindowUpdate`, the side that writes sends `Data`, never
-//! more than it was allowed to, and says by a frame with the flag "remote closed" that there is no more.
+//! containerd's `core/transfer/streaming`: the side that reads sends `WindowUpdate`, the side that writes sends `Data`,
+//! never more than it was allowed to, and says by a frame with the flag "remote closed" that there is no more.
 //!
-//! The frames are not left to the ttrpc library's server (0.10), which gives each incoming frame to a task of its own and so
-//! may swap two of them, and does not tell a stream that its connection has ended.
+//! The frames are not left to the ttrpc library's server (0.10), which gives each incoming frame to a task of its own
+//! and so may swap two of them, and does not tell a stream that its connection has ended.
 //! <https://github.com/containerd/containerd/tree/main/core/transfer/streaming>
 
 use std::io;
@@ -154,8 +154,8 @@ impl Link {
         self.send(EMPTY, Bytes::new()).await
     }
 
-    /// Sends `data`, at most [`Self::credit`] and [`DATA_BYTES`]. After an error, or when it is dropped half way, the client
-    /// has not got it.
+    /// Sends `data`, at most [`Self::credit`] and [`DATA_BYTES`]. After an error, or when it is dropped half way, the
+    /// client has not got it.
     pub async fn send_data(&mut self, data: &[u8]) -> io::Result<()> {
         debug_assert!(data.len() <= self.credit().min(DATA_BYTES), "{} of {:?}", data.len(), self);
         self.credit = self.credit.saturating_sub(data.len() as u64);

@@ -1,21 +1,22 @@
-//! containerd's streaming IO: instead of opening FIFOs, it dials the shim's own socket and opens a ttrpc stream for each of a
-//! process's stdin, stdout and stderr (`io_type = "streaming"` of a runtime, with the sandbox API).
+//! containerd's streaming IO: instead of opening FIFOs, it dials the shim's own socket and opens a ttrpc stream for
+//! each of a process's stdin, stdout and stderr (`io_type = "streaming"` of a runtime, with the sandbox API).
 //!
-//! Create and Exec name a stream by a URI, `ttrpc+unix://SOCKET?streaming_id=ID`, in the place of a FIFO. containerd opens the
-//! stream first: for a container when CRI creates it, which may be long before the task; and once more after a restart of
-//! containerd, under the same id. So [`Streams`] brings two together that come in any order: whoever *announces* an id, a
-//! client, and whoever *claims* it, a process.
+//! Create and Exec name a stream by a URI, `ttrpc+unix://SOCKET?streaming_id=ID`, in the place of a FIFO. containerd
+//! opens the stream first: for a container when CRI creates it, which may be long before the task; and once more after
+//! a restart of containerd, under the same id. So [`Streams`] brings two together that come in any order: whoever
+//! *announces* an id, a client, and whoever *claims* it, a process.
 //!
-//! - A client that nobody claims waits as long as it likes, for it is up to kubelet when a container is started. It goes with
-//!   its connection; there are at most [`MAX_WAITING`].
+//! - A client that nobody claims waits as long as it likes, for it is up to kubelet when a container is started. It
+//!   goes with its connection; there are at most [`MAX_WAITING`].
 //! - A claim whose client has gone waits for the next one with the same id, until the process is deleted.
 //! - A second client with an id takes the place of the first.
 //!
-//! What a restart of containerd does to output: under runc, with FIFOs, the shim goes on writing until the FIFO is full, then
-//! the process waits; the new containerd reads it all. Here nothing is sent without a client, the process waits when its pipe
-//! and the way to the host are full, and the new stream goes on with the first byte that was not sent. What *was* sent, and not
-//! yet read by the containerd that died, is lost: at most the two windows that it allows, and nothing when its reader was idle.
-//! Nobody can tell what it has read of those, and a line that comes twice would be no better.
+//! What a restart of containerd does to output: under runc, with FIFOs, the shim goes on writing until the FIFO is
+//! full, then the process waits; the new containerd reads it all. Here nothing is sent without a client, the process
+//! waits when its pipe and the way to the host are full, and the new stream goes on with the first byte that was not
+//! sent. What *was* sent, and not yet read by the containerd that died, is lost: at most the two windows that it
+//! allows, and nothing when its reader was idle. Nobody can tell what it has read of those, and a line that comes twice
+//! would be no better.
 //!
 //! <https://github.com/containerd/containerd/blob/main/internal/cri/io/streaming.go>
 
@@ -100,8 +101,8 @@ impl Streams {
         Self { shared: Arc::new(Shared { socket_path, entries: Mutex::default() }) }
     }
 
-    /// Serves a client: learns the id, answers, and hands `link` over to the process that claims it. Returns when that has
-    /// happened or the client has gone.
+    /// Serves a client: learns the id, answers, and hands `link` over to the process that claims it. Returns when that
+    /// has happened or the client has gone.
     pub async fn receive(&self, mut link: Link) {
         let id = match timeout(timeouts::STREAM_INIT, link.next()).await {
             Ok(Ok(Said::Init(id))) => id,
@@ -126,7 +127,7 @@ impl Streams {
                         Ok(slot) => slot.leave(link),
                         Err(_) => tracing::debug!(id, "a stream of containerd's is replaced by a later one"),
                     },
-                    () = hung_up(&mut link) => tracing::debug!(id, "containerd closes a stream that no process claimed"),
+                    () = hung_up(&mut link) => tracing::debug!(id, "a stream that no process claimed is closed"),
                 }
             }
         }

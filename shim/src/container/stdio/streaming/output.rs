@@ -1,12 +1,14 @@
 //! A process's output by a stream of containerd's.
 //!
-//! containerd's reader allows 64 KiB at a time, and once more when less than that is left. It stops reading the moment that it
-//! hears of the exit (it cancels the stream's context in `Delete`), so an exit must wait until everything was read. Only one
-//! thing tells that: having read to the end, which we say as soon as the process's pipe has one, containerd closes the stream.
-//! A stream that ends without being closed is that of a containerd that died: it comes back under the same id.
+//! containerd's reader allows 64 KiB at a time, and once more when less than that is left. It stops reading the moment
+//! that it hears of the exit (it cancels the stream's context in `Delete`), so an exit must wait until everything was
+//! read. Only one thing tells that: having read to the end, which we say as soon as the process's pipe has one,
+//! containerd closes the stream. A stream that ends without being closed is that of a containerd that died: it comes
+//! back under the same id.
 //!
-//! Its ttrpc client gives up a stream when 64 messages are unread for a second; windows count bytes and cannot prevent that.
-//! It takes somebody who attached to the container and does not read. Output is sent in pieces as large as they come.
+//! Its ttrpc client gives up a stream when 64 messages are unread for a second; windows count bytes and cannot prevent
+//! that. It takes somebody who attached to the container and does not read. Output is sent in pieces as large as they
+//! come.
 
 use tokio::sync::watch;
 use tokio::time::timeout;
@@ -46,7 +48,8 @@ impl Output {
         self.presence.subscribe()
     }
 
-    /// Sends `bytes`, waiting for windows and for clients as long as it takes. Returns as well if nobody wants them any more.
+    /// Sends `bytes`, waiting for windows and for clients as long as it takes. Returns as well if nobody wants them any
+    /// more.
     pub async fn write_all(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             // It is only put back whole: a frame that was cut short must not be followed by another.
@@ -74,7 +77,7 @@ impl Output {
                     }
                     Err(error) => {
                         self.dismissed = matches!(timeout(timeouts::STREAM_INIT, closed(&mut link)).await, Ok(true));
-                        tracing::debug!(%error, dismissed = self.dismissed, "containerd's end of an output stream is gone");
+                        tracing::debug!(%error, self.dismissed, "containerd's end of an output stream is gone");
                     }
                 },
             }
