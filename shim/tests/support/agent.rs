@@ -308,7 +308,7 @@ impl Agent for FakeAgent {
         state
             .processes
             .remove(&(request.container_id, request.exec_id))
-            .map(|_| Response::new(agent::DeleteResponse {}))
+            .map(|_| Response::new(agent::DeleteResponse::default()))
             .ok_or_else(|| Status::not_found("no such process"))
     }
 
