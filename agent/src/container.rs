@@ -417,8 +417,10 @@ impl Container {
 
     /// A sample of its statistics; none before its start and after its end. Reads files.
     pub fn sample(&self) -> Option<api::Stats> {
-        (self.init.phase() == Phase::Running && !self.cancel.is_cancelled())
-            .then(|| metrics::sample(&self.id, self.cgroup.directory()))
+        let runs = || self.init.phase() == Phase::Running && !self.cancel.is_cancelled();
+        let sample = runs().then(|| metrics::sample(&self.id, self.cgroup.directory()))?;
+        // Of one that has ended meanwhile the last sample is taken, and the files of this one may have gone half way.
+        runs().then_some(sample)
     }
 
     /// Guest path of its PID namespace.
