@@ -22,10 +22,13 @@ const TRANSLATION_CACHE_MIB: u32 = 256;
 /// stosb`, which TCG does byte by byte. Without, they take eight or more at a time, and a stream is twice as fast.
 const TCG_CPU: &str = "max,-erms,-fsrm";
 
-/// What the guest's kernel need not do under TCG: defend itself against speculation. Translated code does not keep to the
-/// branches and fences with which it would, and TCG is no security boundary in the first place
-/// (<https://www.qemu.org/docs/master/system/security.html>).
-const TCG_KERNEL_PARAM: &str = "mitigations=off";
+/// What the guest's kernel need not do under TCG.
+///
+/// Defend itself against speculation: translated code does not keep to the branches and fences with which it would, and TCG
+/// is no security boundary in the first place (<https://www.qemu.org/docs/master/system/security.html>). Take string
+/// instructions for fast (`rep_good`, a flag of Linux's own that no CPU model could leave out): pages are cleared and copied
+/// by unrolled loops instead, which saves a tenth of that, and a twentieth of the boot.
+const TCG_KERNEL_PARAMS: [&str; 2] = ["mitigations=off", "clearcpuid=rep_good"];
 
 /// A command line, and the files that it names by number.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -129,7 +132,7 @@ fn kernel_command_line(config: &VmConfig) -> String {
     let mut params = vec![Console::KERNEL_PARAM, "quiet", "panic=-1", "reboot=t"];
     if config.accel == Accel::Tcg {
         params.extend(clock::TCG_PARAMS);
-        params.push(TCG_KERNEL_PARAM);
+        params.extend(TCG_KERNEL_PARAMS);
     }
     for param in config.devices.iter().flat_map(Device::kernel_params) {
         if !params.contains(param) {
