@@ -20,7 +20,6 @@ use crate::error::{During, Error, Result};
 use crate::link::Host;
 use crate::pod::{Pod, Services};
 use crate::server::Session;
-use crate::spec::SHARE;
 use crate::{cgroup, clock, mount as mounts, sandbox};
 
 /// Open files that containers may have unless their spec says less; what node daemons grant.
@@ -50,7 +49,7 @@ pub fn main() -> ! {
 
 /// Resets the machine, which ends QEMU: it runs with `-no-reboot`, and a guest without ACPI has no other way to power off.
 fn stop() -> ! {
-    nix::unistd::sync();
+    mounts::sync_all();
     let Err(error) = reboot(RebootMode::RB_AUTOBOOT);
     eprintln!("bulkhead-agent: reboot: {error}");
     // PID 1 must not return; the kernel panics and resets.
@@ -83,9 +82,7 @@ fn run(started_us: u64) -> Result<()> {
     fs::write("/proc/self/oom_score_adj", "-1000").during(|| "hide from the OOM killer")?;
 
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().during(|| "start the runtime")?;
-    runtime.block_on(serve(port, started_us))?;
-    shut_down();
-    Ok(())
+    runtime.block_on(serve(port, started_us))
 }
 
 async fn serve(port: u32, started_us: u64) -> Result<()> {
@@ -113,12 +110,6 @@ async fn serve(port: u32, started_us: u64) -> Result<()> {
     let served = Session::new(pod, started_us).serve().await;
     services.cancel.cancel();
     served
-}
-
-/// Lets file systems reach their disks before the power goes.
-fn shut_down() {
-    mounts::sync(Path::new(SHARE));
-    nix::unistd::sync();
 }
 
 /// Mounts what the kernel and containers need, and makes the initramfs a root that can be pivoted from.

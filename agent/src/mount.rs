@@ -47,16 +47,17 @@ impl Stack {
         Ok(())
     }
 
-    /// Unmounts everything; tries every mount and returns the first error. Blocks.
+    /// Unmounts everything; tries every mount, keeps what stays mounted for another try, and returns the first error. Blocks.
     pub fn unmount(&mut self) -> Result<()> {
-        let mut first = Ok(());
+        let (mut left, mut first) = (Vec::new(), Ok(()));
         while let Some(target) = self.targets.pop() {
-            if let Err(error) = unmount(&target)
-                && first.is_ok()
-            {
-                first = Err(error);
+            if let Err(error) = unmount(&target) {
+                first = first.and(Err(error));
+                left.push(target);
             }
         }
+        left.reverse();
+        self.targets = left;
         first
     }
 }
@@ -189,8 +190,14 @@ pub fn forget_share() -> Result<()> {
         .during(|| "have the kernel forget the share")
 }
 
+/// Lets every file system reach its disk, or the host. Blocks.
+pub fn sync_all() {
+    sync(Path::new(SHARE));
+    nix::unistd::sync();
+}
+
 /// Flushes a mounted file system.
-pub fn sync(path: &Path) {
+fn sync(path: &Path) {
     if let Ok(directory) = rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()) {
         // What could not be written now is lost with the machine in any case.
         let _ = nix::unistd::syncfs(&directory);

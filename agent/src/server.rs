@@ -20,7 +20,7 @@ use tonic::{Request, Response, Status};
 
 use crate::error::{During, Error, Result};
 use crate::pod::Pod;
-use crate::{clock, forward};
+use crate::{clock, forward, mount};
 
 /// First and longest pause between two attempts to reach the host.
 const REDIAL: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
@@ -222,6 +222,8 @@ impl Agent for Connection {
 
     async fn shutdown(&self, _: Request<api::ShutdownRequest>) -> Reply<api::ShutdownResponse> {
         self.pod()?.kill_all().await;
+        // The host ends the machine on the answer. A panic in it was reported by the panic hook.
+        drop(tokio::task::spawn_blocking(mount::sync_all).await);
         self.session.shutdown.notify_one();
         Ok(Response::new(api::ShutdownResponse {}))
     }
