@@ -105,7 +105,7 @@ impl Container {
                 Ok((container, response))
             }
             Err(error) => {
-                let undone = tokio::task::spawn_blocking(move || clean_up(&id, &directory, rootfs)).await;
+                let undone = tokio::task::spawn_blocking(move || clean_up(&id, &directory, &mut rootfs)).await;
                 if let Err(problem) = undone.during(|| "clean up").and_then(|undone| undone) {
                     tracing::warn!(error = %problem, "failed container left something behind");
                 }
@@ -338,9 +338,11 @@ impl Container {
         let mut remains = self.remains.lock().await;
         if !remains.cleared {
             let (id, directory) = (self.id.clone(), self.directory.clone());
-            let rootfs = std::mem::take(&mut remains.rootfs);
-            let cleared = tokio::task::spawn_blocking(move || clean_up(&id, &directory, rootfs)).await;
-            remains.stages = cleared.during(|| "clear away the container's remains")??;
+            let mut rootfs = std::mem::take(&mut remains.rootfs);
+            let clearing = tokio::task::spawn_blocking(move || (clean_up(&id, &directory, &mut rootfs), rootfs));
+            let (cleared, rootfs) = clearing.await.during(|| "clear away the container's remains")?;
+            remains.rootfs = rootfs;
+            remains.stages = cleared?;
             remains.cleared = true;
         }
         Ok(remains.stages.clone())
@@ -541,7 +543,7 @@ fn make_cwd(spec: &Spec, rootfs: &Path) -> Result<()> {
 }
 
 /// Removes what a container consists of outside of its processes, and tells how long it took; safe to repeat. Blocks.
-fn clean_up(id: &str, directory: &Path, mut rootfs: Stack) -> Result<Vec<api::Stage>> {
+fn clean_up(id: &str, directory: &Path, rootfs: &mut Stack) -> Result<Vec<api::Stage>> {
     let mut stages = Stages::start();
     let unmounted = rootfs.unmount().and(mount::leave_share(id));
     stages.done("clear.rootfs");
