@@ -57,9 +57,7 @@ impl PodCgroup {
     /// The directories that [`PodCgroup::create`] will make, for the journal. Empty if no hierarchy is mounted.
     pub fn plan(cgroups_path: &str, sandbox_id: &str) -> Result<Vec<PathBuf>> {
         let relative = relative_path(cgroups_path, sandbox_id)?;
-        let text = fs::read_to_string("/proc/self/mountinfo")
-            .map_err(|error| Error::internal(format!("read /proc/self/mountinfo: {error}")))?;
-        let hierarchies = hierarchies(&text);
+        let hierarchies = mounted()?;
         Ok(chosen(&hierarchies).into_iter().map(|hierarchy| hierarchy.mount_point.join(&relative)).collect())
     }
 
@@ -67,11 +65,11 @@ impl PodCgroup {
     pub fn create(directories: Vec<PathBuf>) -> Result<Self> {
         for directory in &directories {
             let made = make(directory).with_context(|| format!("make cgroup {}", directory.display()));
-            hand_down(directory);
             if let Err(error) = made {
                 remove_all(&directories);
                 return Err(error.into());
             }
+            hand_down(directory);
         }
         Ok(Self { directories })
     }
@@ -95,9 +93,7 @@ impl PodCgroup {
 
 /// Where the cgroups of pods will be, for people: the mount points of the hierarchies in use, and whether they are of v2.
 pub fn in_use() -> Result<(Vec<PathBuf>, bool)> {
-    let text = fs::read_to_string("/proc/self/mountinfo")
-        .map_err(|error| Error::internal(format!("read /proc/self/mountinfo: {error}")))?;
-    let hierarchies = hierarchies(&text);
+    let hierarchies = mounted()?;
     let chosen = chosen(&hierarchies);
     let v2 = chosen.iter().any(|hierarchy| hierarchy.version == Version::V2);
     Ok((chosen.into_iter().map(|hierarchy| hierarchy.mount_point.clone()).collect(), v2))
@@ -188,6 +184,13 @@ fn chosen(hierarchies: &[Hierarchy]) -> Vec<&Hierarchy> {
         .collect();
     // An empty v2 beside v1 (systemd's hybrid mode) accounts for nothing.
     if v1.is_empty() { hierarchies.iter().filter(|hierarchy| hierarchy.version == Version::V2).collect() } else { v1 }
+}
+
+/// The hierarchies of this host.
+fn mounted() -> Result<Vec<Hierarchy>> {
+    let text = fs::read_to_string("/proc/self/mountinfo")
+        .map_err(|error| Error::internal(format!("read /proc/self/mountinfo: {error}")))?;
+    Ok(hierarchies(&text))
 }
 
 /// Parses proc_pid_mountinfo(5); the first mount of each hierarchy counts.

@@ -102,11 +102,8 @@ pub async fn read_and_attach(
         record(&links)?;
         let (mut taps, mut tap_files) = (Vec::new(), TapFiles::default());
         for interface in &found.interfaces {
-            match attach(&netlink, interface).await {
-                Ok(tap) => {
-                    tap_files.keep(&tap.fd)?;
-                    taps.push(tap);
-                }
+            match attach(&netlink, interface, &mut tap_files).await {
+                Ok(tap) => taps.push(tap),
                 Err(error) => {
                     // The links before this one; this one has undone itself.
                     for interface in &found.interfaces[..taps.len()] {
@@ -142,10 +139,16 @@ pub async fn detach(link: &Link) -> Result<()> {
     }
 }
 
-async fn attach(netlink: &rtnetlink::Handle, interface: &netns::FoundInterface) -> Result<Tap> {
+async fn attach(
+    netlink: &rtnetlink::Handle,
+    interface: &netns::FoundInterface,
+    tap_files: &mut TapFiles,
+) -> Result<Tap> {
     let (tap, tap_index) = Tap::create(netlink, interface).await?;
+    // Before the CNI's link is touched, which nobody would undo.
+    tap_files.keep(&tap.fd)?;
     redirect::add(netlink, tap_index, interface.index).await?;
-    // If this fails the tap ends here, and its own redirect with it.
+    // If this fails the tap ends with its files, and its own redirect with it.
     redirect::add(netlink, interface.index, tap_index).await?;
     Ok(tap)
 }
