@@ -188,5 +188,6 @@ impl Stage {
 }
 
 fn with_log(error: &anyhow::Error, node: &Node, position: u64) -> anyhow::Error {
-    anyhow!("{error:#}\n\ncontainerd's log meanwhile:\n{}", node.log_since(position, 40))
+    // The error comes last: what keeps only the end of a run's output still tells it.
+    anyhow!("containerd's log meanwhile:\n{}\n\n{error:#}", node.log_since(position, 40))
 }
