@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use bulkhead_tests::command::{pause, wait_for};
-use bulkhead_tests::container::ContainerSpec;
+use bulkhead_tests::container::{Container, ContainerSpec};
 use bulkhead_tests::containerd::Node;
 use bulkhead_tests::faults::{self, Part};
 use bulkhead_tests::figure::{Figures, Samples, Verdict, parse_stages};
@@ -113,10 +113,7 @@ fn measure_all(node: &Arc<Node>, tools: &BulkheadTools, rounds: usize) -> Result
     }
     let log = node.log_since(log_position, usize::MAX);
     report.stages = STAGED.iter().map(|(message, _)| (*message, stages(&log, message))).collect();
-    for runtime in runtimes {
-        eprintln!("streams: {}", runtime.name());
-        streams(node, runtime, report.runtimes.entry(runtime.name()).or_default(), rounds.div_ceil(3))?;
-    }
+    all_streams(node, &runtimes, rounds, &mut report)?;
     for runtime in runtimes {
         let pod = Pod::start(node, runtime.handler(), PodSpec::new())?;
         // What was needed only to start is given back a moment later.
@@ -164,46 +161,71 @@ fn rate(bytes: usize, time: Duration) -> f64 {
     f64::from(bytes) / (time.as_secs_f64() * 1e6)
 }
 
-fn streams(node: &Arc<Node>, runtime: Runtime, figures: &mut Figures, rounds: usize) -> Result<()> {
-    let pod = Pod::start(node, runtime.handler(), PodSpec::new())?;
-    // Lines of a hundred bytes, ten megabytes of them in memory, again and again: the file system is not what is measured.
-    let line = "x".repeat(99);
-    let block = format!("yes {line} | head -c {BLOCK_BYTES} > /dev/shm/block");
-    let repeat = |bytes: usize| format!("cat {}", vec!["/dev/shm/block"; bytes / BLOCK_BYTES].join(" "));
+/// Streams of a pod of each of `runtimes`, which take turns.
+fn all_streams(node: &Arc<Node>, runtimes: &[Runtime], rounds: usize, report: &mut Report) -> Result<()> {
+    let pods = runtimes.iter().map(|runtime| Pod::start(node, runtime.handler(), PodSpec::new()));
+    let pods = pods.collect::<Result<Vec<_>>>()?;
+    let container = |pod| {
+        let container = Pod::run(pod, ContainerSpec::script(&format!("{}; echo ready; sleep 1000000", fill_block())))?;
+        container.wait_for_log("ready", SOON)?;
+        Ok(container)
+    };
+    let containers = pods.iter().map(container).collect::<Result<Vec<_>>>()?;
     let mut input = vec![b'x'; STREAM_BYTES - MARK.len()];
     input.extend(MARK);
+    for round in 0..rounds {
+        for ((runtime, pod), container) in runtimes.iter().zip(&pods).zip(&containers) {
+            eprintln!("streams, round {} of {rounds}: {}", round + 1, runtime.name());
+            streams(pod, container, &input, report.runtimes.entry(runtime.name()).or_default())?;
+        }
+    }
+    pods.into_iter().try_for_each(Pod::remove_by_force)
+}
+
+/// One stream each way to a container that holds a block in memory: the file system is not what is measured.
+fn streams(pod: &Pod, container: &Container<'_>, input: &[u8], figures: &mut Figures) -> Result<()> {
     let mut add = |name: &str, value: f64| figures.entry(name.to_owned()).or_default().add(value);
-    for _ in 0..rounds {
-        let script = format!("{block}; echo ready; read go < /tmp/go; {}; echo done; sleep 1000", repeat(LOG_BYTES));
-        let container = pod.run(ContainerSpec::script(&format!("mkfifo /tmp/go; {script}")))?;
-        container.wait_for_log("ready", SOON)?;
-        let started = Instant::now();
-        container.shell("echo go > /tmp/go")?;
-        let path = container.log_path();
-        wait_for("the end of the log", Duration::from_mins(2), || {
-            let log = fs::File::open(path)?;
-            let size = log.metadata()?.len();
-            let mut tail = vec![0; 100];
-            std::os::unix::fs::FileExt::read_at(&log, &mut tail, size.saturating_sub(100))?;
-            ensure!(String::from_utf8_lossy(&tail).contains(" F done"), "{size} bytes so far");
-            Ok(())
-        })?;
-        add(LOG, rate(LOG_BYTES, started.elapsed()));
-        container.remove_by_force()?;
-    }
-    let container = pod.run(ContainerSpec::script(&format!("{block}; echo ready; sleep 1000000")))?;
+    add(LOG, log_rate(pod)?);
+    let output = container.exec_streamed(&["sh", "-c", &repeat_block(STREAM_BYTES)], "")?.success()?;
+    ensure!(output.stdout.len() == STREAM_BYTES, "{} bytes came out", output.stdout.len());
+    add(EXEC_OUT, rate(STREAM_BYTES, output.elapsed));
+    // A program that looks at each byte, as wc does, would be what is measured. tail skips all but the mark, by count.
+    let sink = format!("tail -c +{}", STREAM_BYTES - MARK.len() + 1);
+    let output = container.exec_streamed(&["sh", "-c", &sink], input)?.success()?;
+    ensure!(output.stdout == MARK, "{:?} is what came in at the end", output.text());
+    add(EXEC_IN, rate(STREAM_BYTES, output.elapsed));
+    Ok(())
+}
+
+/// Rate at which a container's log is written, in MB/s.
+fn log_rate(pod: &Pod) -> Result<f64> {
+    let (block, output) = (fill_block(), repeat_block(LOG_BYTES));
+    let script = format!("mkfifo /tmp/go; {block}; echo ready; read go < /tmp/go; {output}; echo done; sleep 1000");
+    let container = pod.run(ContainerSpec::script(&script))?;
     container.wait_for_log("ready", SOON)?;
-    for _ in 0..rounds {
-        let output = container.exec_streamed(&["sh", "-c", &repeat(STREAM_BYTES)], "")?.success()?;
-        ensure!(output.stdout.len() == STREAM_BYTES, "{} bytes came out", output.stdout.len());
-        add(EXEC_OUT, rate(STREAM_BYTES, output.elapsed));
-        // A program that looks at each byte, as wc does, would be what is measured. tail skips all but the mark, by count.
-        let sink = format!("tail -c +{}", STREAM_BYTES - MARK.len() + 1);
-        let output = container.exec_streamed(&["sh", "-c", &sink], input.clone())?.success()?;
-        ensure!(output.stdout == MARK, "{:?} is what came in at the end", output.text());
-        add(EXEC_IN, rate(STREAM_BYTES, output.elapsed));
-    }
-    pod.remove_by_force()
+    let started = Instant::now();
+    container.shell("echo go > /tmp/go")?;
+    let path = container.log_path();
+    wait_for("the end of the log", Duration::from_mins(2), || {
+        let log = fs::File::open(path)?;
+        let size = log.metadata()?.len();
+        let mut tail = vec![0; 100];
+        std::os::unix::fs::FileExt::read_at(&log, &mut tail, size.saturating_sub(100))?;
+        ensure!(String::from_utf8_lossy(&tail).contains(" F done"), "{size} bytes so far");
+        Ok(())
+    })?;
+    let rate = rate(LOG_BYTES, started.elapsed());
+    container.remove_by_force()?;
+    Ok(rate)
+}
+
+/// A script that makes a file of lines of a hundred bytes in memory; it is read again and again.
+fn fill_block() -> String {
+    format!("yes {} | head -c {BLOCK_BYTES} > /dev/shm/block", "x".repeat(99))
+}
+
+fn repeat_block(bytes: usize) -> String {
+    format!("cat {}", vec!["/dev/shm/block"; bytes / BLOCK_BYTES].join(" "))
 }
 
 /// Pages of the guest's memory that exist: the blocks of QEMU's memfd.
