@@ -13,7 +13,6 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio_vsock::VsockStream;
 
-use super::PIPE_BYTES;
 use crate::sys;
 
 /// One stream's connection to the host.
@@ -26,10 +25,10 @@ impl Channel {
         sys::watch(stream.into(), Interest::READABLE | Interest::WRITABLE).map(Self)
     }
 
-    /// Lets each side send ahead as much as a process's pipe holds, so that both are filled and emptied in few turns. It is
-    /// for sending as well: the kernel sends no more than it would hold itself.
-    pub fn widen(&self) -> io::Result<()> {
-        sys::set_vsock_buffer(self.fd().as_fd(), PIPE_BYTES as u64)
+    /// Lets each side send `bytes` ahead, so that pipes are filled and emptied in few turns. It is for sending as well: the
+    /// kernel sends no more than it would hold itself.
+    pub fn widen(&self, bytes: usize) -> io::Result<()> {
+        sys::set_vsock_buffer(self.fd().as_fd(), bytes as u64)
     }
 
     /// The connection.

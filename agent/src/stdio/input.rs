@@ -22,6 +22,9 @@ const CHUNK: usize = 4096;
 /// Bytes that are waited for and moved into a pipe at once, if a frame has as many: so the process is woken for a burst, and
 /// not for each packet. The kernel takes pages for as many as it is asked for before it looks.
 const BURST: usize = 512 * 1024;
+/// Bytes that the host sends ahead of a pipe's reader: what is under way while a burst is passed on, and the reader works on
+/// the one before.
+const AHEAD: usize = 4 * BURST;
 
 /// The input of one process.
 pub struct Input {
@@ -40,7 +43,7 @@ impl Input {
     pub async fn pump(&self, host: &Host, token: Token) -> io::Result<()> {
         let channel = Channel::new(host.dial(Kind::Stream, token).await?)?;
         if self.is_pipe {
-            channel.widen()?;
+            channel.widen(AHEAD)?;
         }
         loop {
             let Some(frame) = self.header(&channel).await? else { return Ok(()) };

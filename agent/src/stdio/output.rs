@@ -81,7 +81,7 @@ impl Output {
     pub async fn pump(&self, host: &Host, token: Token, abandon: &CancellationToken) -> io::Result<()> {
         let channel = Channel::new(host.dial(Kind::Stream, token).await?)?;
         if self.is_pipe {
-            channel.widen()?;
+            channel.widen(super::PIPE_BYTES)?;
         }
         loop {
             let frame = tokio::select! {
