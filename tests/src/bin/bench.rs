@@ -165,8 +165,11 @@ fn rate(bytes: usize, time: Duration) -> f64 {
 fn all_streams(node: &Arc<Node>, runtimes: &[Runtime], rounds: usize, report: &mut Report) -> Result<()> {
     let pods = runtimes.iter().map(|runtime| Pod::start(node, runtime.handler(), PodSpec::new()));
     let pods = pods.collect::<Result<Vec<_>>>()?;
+    // Lines of a hundred bytes, in memory; they are read again and again.
+    let line = "x".repeat(99);
+    let script = format!("yes {line} | head -c {BLOCK_BYTES} > /dev/shm/block; echo ready; sleep 1000000");
     let container = |pod| {
-        let container = Pod::run(pod, ContainerSpec::script(&format!("{}; echo ready; sleep 1000000", fill_block())))?;
+        let container = Pod::run(pod, ContainerSpec::script(&script))?;
         container.wait_for_log("ready", SOON)?;
         Ok(container)
     };
@@ -197,10 +200,10 @@ fn streams(pod: &Pod, container: &Container<'_>, input: &[u8], figures: &mut Fig
     Ok(())
 }
 
-/// Rate at which a container's log is written, in MB/s.
+/// Rate at which a container's log is written, in MB/s. The block is the pod's, whose containers share the memory.
 fn log_rate(pod: &Pod) -> Result<f64> {
-    let (block, output) = (fill_block(), repeat_block(LOG_BYTES));
-    let script = format!("mkfifo /tmp/go; {block}; echo ready; read go < /tmp/go; {output}; echo done; sleep 1000");
+    let output = repeat_block(LOG_BYTES);
+    let script = format!("mkfifo /tmp/go; echo ready; read go < /tmp/go; {output}; echo done; sleep 1000");
     let container = pod.run(ContainerSpec::script(&script))?;
     container.wait_for_log("ready", SOON)?;
     let started = Instant::now();
@@ -217,11 +220,6 @@ fn log_rate(pod: &Pod) -> Result<f64> {
     let rate = rate(LOG_BYTES, started.elapsed());
     container.remove_by_force()?;
     Ok(rate)
-}
-
-/// A script that makes a file of lines of a hundred bytes in memory; it is read again and again.
-fn fill_block() -> String {
-    format!("yes {} | head -c {BLOCK_BYTES} > /dev/shm/block", "x".repeat(99))
 }
 
 fn repeat_block(bytes: usize) -> String {
