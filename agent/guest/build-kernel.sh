@@ -87,7 +87,7 @@ build() {
     # The largest headers in the tree belong to a graphics driver that is never configured.
     tar --extract --file "$source" --directory "$work/src" --strip-components=1 --exclude='*/drivers/gpu/drm/amd/include'
 
-    # They only make an emulated guest faster, so a kernel that they do not fit does without.
+    # They only make a guest faster, so a kernel that they do not fit does without.
     for change in "$here"/patches/*.patch; do
         patch --directory "$work/src" --strip=1 --fuzz=0 --dry-run --silent <"$change" >/dev/null &&
             patch --directory "$work/src" --strip=1 --fuzz=0 --silent <"$change" ||

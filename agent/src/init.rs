@@ -99,14 +99,6 @@ async fn serve(port: u32, started_us: u64) -> Result<()> {
         }
     });
     services.tracker.spawn(Arc::clone(&pod).sample());
-    services.tracker.spawn({
-        let services = Arc::clone(&services);
-        async move {
-            if let Err(error) = services.warm_up().await {
-                tracing::warn!(%error, "the spawner will be started by the first request");
-            }
-        }
-    });
     let served = Session::new(pod, started_us).serve().await;
     services.cancel.cancel();
     served

@@ -184,9 +184,10 @@ struct Network {
 
 impl Network {
     async fn configure(&self, plan: &Plan) -> Result<()> {
-        let mut indices = self.name_devices(&plan.interfaces).await?;
-        let loopback = self.links().await?.into_iter().find(|link| link.name == "lo");
+        let links = self.links().await?;
+        let loopback = links.iter().find(|link| link.name == "lo");
         let loopback = loopback.ok_or_else(|| Error::internal("the guest has no loopback device"))?.index;
+        let mut indices = self.name_devices(&links, &plan.interfaces).await?;
         self.handle
             .link()
             .set(LinkUnspec::new_with_index(loopback).up().build())
@@ -232,9 +233,8 @@ impl Network {
         Ok(())
     }
 
-    /// Finds each interface's device by its MAC and gives it its name; returns indices by name.
-    async fn name_devices(&self, interfaces: &[Interface]) -> Result<HashMap<String, u32>> {
-        let links = self.links().await?;
+    /// Finds each interface's device among `links` by its MAC and gives it its name; returns indices by name.
+    async fn name_devices(&self, links: &[Link], interfaces: &[Interface]) -> Result<HashMap<String, u32>> {
         let mut indices = HashMap::new();
         let mut renames = Vec::new();
         for interface in interfaces {

@@ -32,6 +32,8 @@ use crate::stdio::Carrier;
 
 /// Time between two samples of statistics.
 const SAMPLING: Duration = Duration::from_secs(1);
+/// By then the answer that the pod is ready has left a machine with one CPU; a container that comes sooner does not wait.
+const ANSWERED: Duration = Duration::from_millis(10);
 /// How long killed containers may take to report their end at shutdown.
 const KILLED: Duration = Duration::from_secs(5);
 
@@ -113,10 +115,20 @@ impl Services {
         Ok((started, exit))
     }
 
-    /// Starts the spawner before the first request needs it.
-    pub async fn warm_up(&self) -> Result<()> {
-        let spawner = Arc::clone(&self.spawner);
-        tokio::task::spawn_blocking(move || spawner.warm_up()).await.during(|| "start the spawner")?
+    /// Starts the spawner, after `delay`, before the first container needs it. Returns at once.
+    fn warm_up(self: &Arc<Self>, delay: Duration) {
+        let services = Arc::clone(self);
+        self.tracker.spawn(async move {
+            tokio::select! {
+                () = services.cancel.cancelled() => return,
+                () = tokio::time::sleep(delay) => {}
+            }
+            let spawner = Arc::clone(&services.spawner);
+            let started = tokio::task::spawn_blocking(move || spawner.warm_up()).await;
+            if let Err(error) = started.during(|| "start the spawner").flatten() {
+                tracing::warn!(%error, "the spawner will be started by the first request");
+            }
+        });
     }
 }
 
@@ -180,7 +192,11 @@ impl Pod {
                 Some(job) if !failed => job.clone(),
                 _ => {
                     let services = Arc::clone(&self.services);
-                    let job = self.job(async move { sandbox::create(&services, request).await });
+                    let job = self.job(async move {
+                        let created = sandbox::create(&services, request).await?;
+                        services.warm_up(ANSWERED);
+                        Ok(created)
+                    });
                     sandbox.insert(job).clone()
                 }
             }

@@ -112,6 +112,14 @@ impl Process {
         Ok(Duration::from_millis(ticks.with_context(|| format!("{path}: {stat}"))? * 1000 / u64::try_from(rate)?))
     }
 
+    /// Bytes that it has read so far by system calls: `rchar` of proc_pid_io(5).
+    pub fn read_bytes(&self) -> Result<u64> {
+        let path = format!("/proc/{}/io", self.pid);
+        let text = fs::read_to_string(&path).with_context(|| format!("read {path} of {}", self.name))?;
+        let bytes = text.lines().find_map(|line| line.strip_prefix("rchar: "));
+        bytes.with_context(|| format!("{path} has no rchar"))?.parse().with_context(|| format!("parse {path}"))
+    }
+
     /// Sends it a signal.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         kill(Pid::from_raw(self.pid), signal).with_context(|| format!("send {signal} to {} ({})", self.pid, self.name))

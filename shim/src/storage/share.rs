@@ -88,6 +88,7 @@ impl Share {
             // Handles would save open files, but take CAP_DAC_READ_SEARCH: with it, whoever breaks out of virtiofsd can open
             // any file of a shared file system by its number.
             "--inode-file-handles=never".to_owned(),
+            // Names and attributes are trusted for a second; pages, by our guest kernel, while the file has not changed.
             "--cache=auto".to_owned(),
             "--xattr".to_owned(),
             // The limit is set below: raising it is not allowed everywhere, and virtiofsd would insist.

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Result, ensure};
 use bulkhead_tests::container::ContainerSpec;
+use bulkhead_tests::faults::{self, Part};
 use bulkhead_tests::pod::{Pod, PodSpec};
 use bulkhead_tests::row::Context;
 use serde_json::json;
@@ -16,6 +17,18 @@ pub fn own_kernel(_: &Context, pod: &Pod) -> Result<()> {
     let host = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
     ensure!(!said.contains(host.trim()), "the container runs on the host's kernel: {said}");
     Ok(())
+}
+
+pub fn warm_program(context: &Context, pod: &Pod) -> Result<()> {
+    let container = pod.run(ContainerSpec::idle())?;
+    container.shell("true")?;
+    let virtiofsd = faults::find(&context.node, &pod.id, Part::Virtiofsd)?;
+    let before = virtiofsd.read_bytes()?;
+    container.shell("for i in $(seq 20); do /bin/true; done")?;
+    let read = virtiofsd.read_bytes()? - before;
+    // One start alone takes more than a hundred kilobytes of its file.
+    ensure!(read < 1 << 20, "virtiofsd read {read} bytes for twenty starts of a program");
+    container.remove_by_force()
 }
 
 pub fn annotations(context: &Context) -> Result<()> {

@@ -57,6 +57,7 @@ const ROWS: &[Row] = &[
     Row::in_pod("shared memory is there and shared by the pod", program::shared_memory),
     // Volumes.
     Row::in_pod("a directory bound read-write shows changes on both sides", volumes::bind_directory),
+    Row::in_pod("what the host writes into a file is read by the next program", volumes::rewritten_in_place),
     Row::in_pod("a directory bound read-only refuses writes", volumes::bind_read_only),
     Row::in_pod("read-only is for the topmost mount of a volume, or for all when asked", volumes::read_only_recursive)
         .releases(&[Version::V2_4]),
@@ -84,6 +85,7 @@ const ROWS: &[Row] = &[
     Row::alone("a host port leads to the pod", together::host_port),
     // What sets Bulkhead apart.
     Row::in_pod("the pod has a kernel of its own", machine::own_kernel).only(BULKHEAD),
+    Row::in_pod("a program that has run is not read from the host again", machine::warm_program).only(BULKHEAD),
     Row::alone("annotations size the virtual machine and choose its type", machine::annotations).only(BULKHEAD),
     Row::alone("limits of the pod size the virtual machine", machine::pod_limits).only(BULKHEAD),
     Row::in_pod("the root file system lists, links and renames as it should", machine::root_filesystem),

@@ -33,6 +33,23 @@ pub fn bind_directory(context: &Context, pod: &Pod) -> Result<()> {
     container.remove_by_force()
 }
 
+pub fn rewritten_in_place(context: &Context, pod: &Pod) -> Result<()> {
+    let directory = context.scratch.join("data");
+    fs::create_dir(&directory)?;
+    let file = directory.join("file");
+    fs::write(&file, "first.")?;
+    let container = pod.run(ContainerSpec::idle().mount(&directory, "/data", true))?;
+    // As long as before, longer, shorter: whatever is kept of the file, the next program that opens it reads what it holds.
+    for text in ["first.", "second", "third.", "a fourth and longer one", "5"] {
+        fs::write(&file, text)?;
+        for _ in 0..2 {
+            let seen = container.shell("cat /data/file")?;
+            ensure!(seen == text, "the container reads {seen:?}, the file holds {text:?}");
+        }
+    }
+    container.remove_by_force()
+}
+
 pub fn bind_read_only(context: &Context, pod: &Pod) -> Result<()> {
     let directory = context.scratch.join("data");
     fs::create_dir(&directory)?;
