@@ -10,6 +10,12 @@
 # command runs as root in the current directory, with PATH, HOME and the BULKHEAD_* and CARGO_* variables of the
 # caller; its output and exit status are this script's, or 125 when the node itself came to an end before the command did.
 # BULKHEAD_NODE_MEMORY (MiB), BULKHEAD_NODE_CPUS and BULKHEAD_NODE_TIMEOUT (seconds) change the size and the deadline.
+#
+# CPU 0 of the node runs no program, and comes on top of BULKHEAD_NODE_CPUS. In QEMU's emulation, whichever CPU restores its
+# floating-point state (FXRSTOR, XRSTOR: each switch of tasks) clears a bit among the first CPU's flags, of all CPUs', by a read
+# and a write that nothing makes one (`cpu_clear_ignne` in target/i386/tcg/sysemu/fpu_helper.c, QEMU 7.2 and later). What CPU 0
+# changes meanwhile is lost, and among these flags are "nested paging is on" and "interrupts are held back": on CPU 0 a virtual
+# machine now and then triple-faults or hangs at a VMRUN, and the node's kernel takes an interrupt between VMEXIT and VMLOAD.
 set -euo pipefail
 
 (($# > 0)) || { echo "usage: kvm-node.sh COMMAND [ARGUMENT...]" >&2; exit 2; }
@@ -153,11 +159,11 @@ touch "$work/status"
 mkfifo "$work/output"
 cat "$work/output" &
 output=$!
-qemu-system-x86_64 -machine q35,accel=tcg,memory-backend=ram -cpu max -smp "$cpus" -m "${memory}M" \
+qemu-system-x86_64 -machine q35,accel=tcg,memory-backend=ram -cpu max -smp "$((cpus + 1))" -m "${memory}M" \
     -object "memory-backend-memfd,id=ram,size=${memory}M,share=on" \
     -nodefaults -no-user-config -display none -no-reboot \
     -kernel "$kernel/boot/vmlinuz-$release" -initrd "$work/initramfs.cpio" \
-    -append 'console=ttyS0 loglevel=4 panic=-1 mitigations=off' \
+    -append 'console=ttyS0 loglevel=4 panic=-1 mitigations=off isolcpus=0' \
     -chardev "file,id=console,path=$work/console.log" -serial chardev:console \
     -chardev "socket,id=fs,path=$work/fs.sock" -device vhost-user-fs-pci,chardev=fs,tag=machine \
     -device virtio-serial-pci \
@@ -177,7 +183,7 @@ done
 wait "$output"
 status=$(tr -d '\r\n' <"$work/status")
 if [[ ! $status =~ ^[0-9]+$ ]]; then
-    tail -n 40 "$work/console.log" "$work/qemu.log" >&2
+    tail -n 200 "$work/console.log" "$work/qemu.log" >&2
     say "the node ended without an exit status of the command; above is the end of its console"
     exit 125
 fi

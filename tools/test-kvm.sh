@@ -19,17 +19,9 @@ listing=$(cargo test --locked --no-run -p bulkhead-tests "${flags[@]}" 2>&1) || 
 mapfile -t binaries < <(sed -n 's/^ *Executable .*(\(.*\))$/\1/p' <<<"$listing")
 ((${#binaries[@]} == ${#suites[@]})) || { echo "test-kvm: cargo built ${#binaries[@]} of ${#suites[@]} test binaries" >&2; exit 1; }
 
-# A node for each suite: emulated virtualisation now and then brings the node's own kernel down (QEMU 7.2: a page fault
-# between VMRUN and VMLOAD). That is told, and the suite is run once more in a new node; a failed test never is.
 failed=0
 for binary in "${binaries[@]}"; do
-    for attempt in 1 2; do
-        echo "=== ${binary##*/}"
-        status=0
-        tools/kvm-node.sh "$binary" "$@" || status=$?
-        ((status == 125 && attempt == 1)) || break
-        echo "test-kvm: the node of ${binary##*/} came to an end; once more" >&2
-    done
-    ((status == 0)) || failed=1
+    echo "=== ${binary##*/}"
+    tools/kvm-node.sh "$binary" "$@" || failed=1
 done
 exit "$failed"

@@ -10,7 +10,7 @@ use bulkhead_tests::pod::{Pod, PodSpec};
 use bulkhead_tests::row::Context;
 use serde_json::json;
 
-use crate::outcome;
+use crate::{PATIENTLY, outcome, outcome_within};
 
 pub fn own_kernel(_: &Context, pod: &Pod) -> Result<()> {
     let said = outcome(pod, ContainerSpec::script("uname -r; cat /proc/sys/kernel/random/boot_id"))?;
@@ -68,7 +68,7 @@ pub fn root_filesystem(_: &Context, pod: &Pod) -> Result<()> {
     let script = "set -e; cd /var; mkdir a; echo 1 > a/f; mv a b; ln -s b/f link; ln b/f hard; cat link hard; chmod 600 b/f; \
                   stat -c %a hard; rm /www/index.html; ls /www | wc -l; seq 1 300 | while read n; do echo $n > f$n; done; \
                   ls | wc -l; dd if=/dev/zero of=big bs=1M count=16 2>/dev/null; sync; stat -c %s big";
-    let said = outcome(pod, ContainerSpec::script(script))?;
+    let said = outcome_within(pod, ContainerSpec::script(script), PATIENTLY)?;
     ensure!(said == "1\n1\n600\n0\n303\n16777216", "the program found {said:?} after {:?}", started.elapsed());
     Ok(())
 }

@@ -98,9 +98,16 @@ fn main() -> ExitCode {
 /// Long enough for what takes a moment, also while other pods boot.
 const SOON: Duration = Duration::from_secs(20);
 
-/// Runs a script to its end and returns its stdout.
+/// Long enough for hundreds of files and megabytes to reach the host's disk, also in a machine that is emulated twice over.
+const PATIENTLY: Duration = Duration::from_secs(120);
+
+/// Runs a script to its end, soon, and returns its stdout.
 fn outcome(pod: &Pod, spec: ContainerSpec) -> Result<String> {
-    let (exit, log) = pod.run(spec)?.finish(SOON)?;
+    outcome_within(pod, spec, SOON)
+}
+
+fn outcome_within(pod: &Pod, spec: ContainerSpec, deadline: Duration) -> Result<String> {
+    let (exit, log) = pod.run(spec)?.finish(deadline)?;
     let said = text_of(&log, "stdout");
     ensure!(exit.code == 0, "exit {exit:?}, stdout {said:?}, stderr {:?}", text_of(&log, "stderr"));
     Ok(said)
