@@ -119,6 +119,11 @@ pub const END: [u8; FRAME_HEADER] = [0; FRAME_HEADER];
 /// In the place of [`END`]: the sender's TCP connection was reset. What was sent before it counts.
 pub const RESET: [u8; FRAME_HEADER] = [0xff; FRAME_HEADER];
 
+/// Bytes of a process's input that are under way, at most. The guest waits for a part of it before it reads on, so the host must
+/// be able to send as many ahead; and since 2026 Linux sends no more than the sending socket would hold itself, which is less
+/// unless it is told ("vsock/virtio: cap TX credit to local buffer size").
+pub const INPUT_AHEAD: usize = 2 * 1024 * 1024;
+
 /// The header of a frame with `length` bytes, 1 to [`MAX_FRAME`].
 pub fn frame_header(length: usize) -> [u8; FRAME_HEADER] {
     debug_assert!((1..=MAX_FRAME).contains(&length), "a frame has 1 to {MAX_FRAME} bytes, not {length}");

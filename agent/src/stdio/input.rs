@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use bulkhead_proto::wire::{FRAME_HEADER, Kind, Token, frame_length};
+use bulkhead_proto::wire::{FRAME_HEADER, INPUT_AHEAD, Kind, Token, frame_length};
 use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::pipe::SpliceFlags;
@@ -22,9 +22,9 @@ const CHUNK: usize = 4096;
 /// Bytes that are waited for and moved into a pipe at once, if a frame has as many: so the process is woken for a burst, and
 /// not for each packet. The kernel takes pages for as many as it is asked for before it looks.
 const BURST: usize = 512 * 1024;
-/// Bytes that the host sends ahead of a pipe's reader: what is under way while a burst is passed on, and the reader works on
-/// the one before.
-const AHEAD: usize = 4 * BURST;
+
+// While a burst is passed on, and the reader works on the one before, others are under way.
+const _: () = assert!(INPUT_AHEAD == 4 * BURST);
 
 /// The input of one process.
 pub struct Input {
@@ -43,7 +43,7 @@ impl Input {
     pub async fn pump(&self, host: &Host, token: Token) -> io::Result<()> {
         let channel = Channel::new(host.dial(Kind::Stream, token).await?)?;
         if self.is_pipe {
-            channel.widen(AHEAD)?;
+            channel.widen(INPUT_AHEAD)?;
         }
         loop {
             let Some(frame) = self.header(&channel).await? else { return Ok(()) };

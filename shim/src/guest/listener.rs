@@ -21,7 +21,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_vsock::{VsockListener, VsockStream};
 
-use crate::timeouts;
+use crate::{sys, timeouts};
 
 /// Connections that have not said yet what they are.
 const MAX_UNSORTED: usize = 128;
@@ -252,6 +252,16 @@ fn is_shortage(error: &io::Error) -> bool {
 
 fn is_passing(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted)
+}
+
+impl GuestStream {
+    /// Lets `bytes` be under way to the guest, if that offers as many. bulkhead-vsock always does.
+    pub fn send_ahead(&self, bytes: usize) -> io::Result<()> {
+        match self {
+            Self::Unix(_) => Ok(()),
+            Self::Vsock(stream) => sys::set_vsock_buffer(stream, bytes as u64),
+        }
+    }
 }
 
 impl AsyncRead for GuestStream {

@@ -14,7 +14,7 @@ use super::streaming::Streams;
 use super::streaming::input::Input;
 use super::{BUFFER, INPUT_BYTES, widen};
 use crate::error::Error;
-use crate::guest::listener::StreamTicket;
+use crate::guest::listener::{GuestStream, StreamTicket};
 
 /// Where input comes from.
 #[derive(Debug)]
@@ -57,8 +57,8 @@ fn open_fifo(path: &str) -> anyhow::Result<(pipe::Receiver, pipe::Sender)> {
 /// Host to guest, until the end of input or until the guest's reader is gone; from a stream what comes after that is
 /// taken and dropped, for ever.
 pub(super) async fn copy(source: Source, ticket: StreamTicket) {
-    let stream = ticket.wait().await.inspect_err(|error| {
-        tracing::debug!(error = %format_args!("{error:#}"), "stdin stream was not dialled");
+    let stream = dialled(ticket).await.inspect_err(|error| {
+        tracing::debug!(error = %format_args!("{error:#}"), "there is no stdin stream");
     });
     match (source, stream) {
         (Source::Fifo(fifo), Ok(mut stream)) => copy_fifo(fifo, &mut stream).await,
@@ -70,6 +70,12 @@ pub(super) async fn copy(source: Source, ticket: StreamTicket) {
             input.discard().await;
         }
     }
+}
+
+async fn dialled(ticket: StreamTicket) -> anyhow::Result<GuestStream> {
+    let stream = ticket.wait().await?;
+    stream.send_ahead(wire::INPUT_AHEAD).context("widen the stream")?;
+    Ok(stream)
 }
 
 async fn copy_stream(input: &mut Input, stream: &mut (impl AsyncRead + AsyncWrite + Unpin)) {
