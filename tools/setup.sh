@@ -2,7 +2,7 @@
 # Installs what Bulkhead is built and tested with on Debian 12 or newer and Ubuntu, as root; `make setup` calls it.
 #
 # Distribution packages through apt (no daemon is started), Rust as rust-toolchain.toml pins it, a new enough Go,
-# virtiofsd from crates.io, crictl, critest and two containerds from the Go modules under tests/tools.
+# virtiofsd from crates.io, crictl, critest, nerdctl and two containerds from the Go modules under tests/tools.
 # What is built lands under $BULKHEAD_CACHE/tools/NAME-VERSION, with a link NAME beside it
 # and the programs themselves linked into tools/bin; a second run takes seconds.
 set -euo pipefail
@@ -24,7 +24,7 @@ packages=(
 
 say() { printf 'setup: %s\n' "$*"; }
 die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
-steps=9
+steps=10
 step=0
 next() { step=$((step + 1)); say "[$step/$steps, ${SECONDS}s] $*"; }
 
@@ -237,6 +237,7 @@ setup_nginx
 setup_crate virtiofsd "$virtiofsd_version"
 setup_go
 setup_go_module cri-tools cri-tools sigs.k8s.io/cri-tools cmd/crictl cmd/critest
+setup_go_module nerdctl nerdctl github.com/containerd/nerdctl/v2 cmd/nerdctl
 setup_go_module containerd-1.7 containerd github.com/containerd/containerd \
     cmd/containerd cmd/ctr cmd/containerd-shim-runc-v2
 setup_go_module containerd-2.4 containerd github.com/containerd/containerd/v2 \

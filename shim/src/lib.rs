@@ -32,6 +32,7 @@ pub mod annotations;
 pub mod config;
 pub mod control;
 pub mod error;
+pub mod hooks;
 pub mod host;
 pub mod idmap;
 pub mod log;

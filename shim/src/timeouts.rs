@@ -44,6 +44,8 @@ pub const CHILD_EXIT: Duration = Duration::from_secs(5);
 pub const EVENT_FORWARD: Duration = Duration::from_secs(5);
 /// Everything that is asked of the kernel about a pod's network, in one visit of its namespace.
 pub const NETWORK: Duration = Duration::from_secs(10);
+/// An OCI hook without a `timeout` of its own. runc waits for ever.
+pub const HOOK: Duration = Duration::from_mins(1);
 /// The guest's farewell and the whole of a teardown, with time to spare.
 pub const STOP: Duration = Duration::from_secs(30);
 /// The whole of a teardown; containerd gives `delete` five seconds.

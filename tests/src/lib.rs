@@ -22,6 +22,7 @@ pub mod grpc;
 pub mod image;
 pub mod leaks;
 pub mod mounts;
+pub mod nerdctl;
 pub mod network;
 pub mod overhead;
 pub mod pod;

@@ -79,6 +79,12 @@ pub fn critest() -> Result<PathBuf> {
         .context("critest: run make setup")
 }
 
+/// Finds `nerdctl`.
+pub fn nerdctl() -> Result<PathBuf> {
+    find("BULKHEAD_NERDCTL", tool_directories().into_iter().map(|directory| directory.join("bin/nerdctl")))
+        .context("nerdctl: run make setup")
+}
+
 /// Finds the directory into which Debian's package of nginx was unpacked.
 pub fn nginx() -> Result<PathBuf> {
     let candidates: Vec<_> = tool_directories().into_iter().map(|directory| directory.join("nginx")).collect();

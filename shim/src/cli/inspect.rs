@@ -167,6 +167,7 @@ fn entry_row(entry: &Entry) -> [String; 2] {
         Entry::Directory { path } => ("directory", path.display().to_string()),
         Entry::Socket { path } => ("socket", path.display().to_string()),
         Entry::Container { id, bundle } => ("container", format!("{id} in {}", bundle.display())),
+        Entry::Hooks { id, bundle } => ("hooks", format!("of {id} in {}", bundle.display())),
     };
     [kind.to_owned(), what]
 }

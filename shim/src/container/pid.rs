@@ -3,26 +3,34 @@
 //! The container's processes live in the guest and have no pid on the host. But containerd wants one, `/proc/<pid>/ns` of
 //! it turns up in the specs of the pod's other containers, and `kubectl debug --target` names a container by nothing else.
 //! So each container gets a thread that does nothing but wait: its tid is a pid that is the container's alone and is gone
-//! when the container is.
+//! when the container is. The thread waits in the pod's network namespace, where whoever looks for a container's addresses by
+//! its pid finds them, as with runc: `nsenter --net`, and nerdctl.
 
-use std::sync::mpsc;
+use std::fs::File;
+use std::io;
+use std::path::Path;
+use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
 use std::thread::{self, JoinHandle};
 
 use anyhow::Context;
+use nix::sched::{CloneFlags, setns};
+
+/// A network namespace to enter, and where to answer.
+type Move = (File, SyncSender<io::Result<()>>);
 
 /// The pid of one container, as long as this value lives.
 #[derive(Debug)]
 pub struct HostPid {
     tid: u32,
     /// Dropped to end the thread.
-    release: Option<mpsc::Sender<()>>,
+    moves: Option<Sender<Move>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl HostPid {
     /// Takes a pid.
     pub fn allocate() -> anyhow::Result<Self> {
-        let (release, released) = mpsc::channel::<()>();
+        let (moves, wanted) = mpsc::channel();
         let (tell, told) = mpsc::sync_channel(1);
         let thread = thread::Builder::new()
             .name("container".into())
@@ -30,13 +38,25 @@ impl HostPid {
             .stack_size(16 * 1024)
             .spawn(move || {
                 if tell.send(nix::unistd::gettid().as_raw()).is_ok() {
-                    // Ends with an error when the sender is dropped, which is the signal.
-                    let _ended = released.recv();
+                    wait(&wanted);
                 }
             })
             .context("start a thread to hold a container's pid")?;
         let tid = told.recv().context("the thread that holds a container's pid ended")?;
-        Ok(Self { tid: tid.unsigned_abs(), release: Some(release), thread: Some(thread) })
+        Ok(Self { tid: tid.unsigned_abs(), moves: Some(moves), thread: Some(thread) })
+    }
+
+    /// Has `/proc/<pid>/ns/net` be the network namespace at `path`.
+    ///
+    /// An error leaves it as it was. Takes as long as `setns(2)`.
+    pub fn enter_network(&self, path: &Path) -> anyhow::Result<()> {
+        let netns = File::open(path).with_context(|| format!("open {}", path.display()))?;
+        let (answer, answered) = mpsc::sync_channel(1);
+        let asked = self.moves.as_ref().is_some_and(|moves| moves.send((netns, answer)).is_ok());
+        let entered = if asked { answered.recv().ok() } else { None };
+        entered
+            .context("the thread that holds a container's pid ended")?
+            .with_context(|| format!("enter {}", path.display()))
     }
 
     /// The pid.
@@ -47,7 +67,7 @@ impl HostPid {
 
 impl Drop for HostPid {
     fn drop(&mut self) {
-        self.release.take();
+        self.moves.take();
         if let Some(thread) = self.thread.take() {
             // It has nothing left to do, so this does not block; a panic in it has nobody to tell.
             drop(thread.join());
@@ -55,9 +75,34 @@ impl Drop for HostPid {
     }
 }
 
+/// Until the sender is dropped.
+fn wait(wanted: &Receiver<Move>) {
+    for (netns, answer) in wanted {
+        // Who asked waits for the answer.
+        drop(answer.send(setns(&netns, CloneFlags::CLONE_NEWNET).map_err(io::Error::from)));
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt;
+
     use super::*;
+    use crate::network::netns::NewNetns;
+
+    #[tokio::test]
+    async fn a_pid_leads_to_the_network_namespace_that_it_entered() {
+        let netns = NewNetns::create().await.expect("makes a namespace");
+        let inode = |path: &Path| std::fs::metadata(path).expect("is there").ino();
+        let (wanted, own) = (inode(&netns.path()), inode(Path::new("/proc/self/ns/net")));
+        let pid = HostPid::allocate().expect("allocates");
+        let path = std::path::PathBuf::from(format!("/proc/{}/ns/net", pid.get()));
+        assert_eq!(inode(&path), own);
+        pid.enter_network(&netns.path()).expect("enters");
+        assert_eq!(inode(&path), wanted);
+        pid.enter_network(Path::new("/nonexistent")).expect_err("cannot be entered");
+        assert_eq!(inode(&path), wanted);
+    }
 
     #[test]
     fn a_pid_is_alive_until_it_is_dropped() {

@@ -9,6 +9,7 @@
 //!
 //! The table is [`Phase::after`]; pausing belongs to the container, not to a process.
 
+use std::path::Path;
 use std::time::SystemTime;
 
 use tokio::sync::watch;
@@ -138,6 +139,11 @@ impl Process {
     /// The host pid that containerd knows it by.
     pub fn pid(&self) -> u32 {
         self.pid.get()
+    }
+
+    /// See [`HostPid::enter_network`].
+    pub fn enter_network(&self, path: &Path) -> anyhow::Result<()> {
+        self.pid.enter_network(path)
     }
 
     /// True from the call of Start to the exit.

@@ -6,12 +6,13 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::net::IpAddr;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use bulkhead_proto::agent::{Interface, IpAddress, Neighbour, Route};
 use futures::TryStreamExt;
-use nix::sched::{CloneFlags, setns};
+use nix::sched::{CloneFlags, setns, unshare};
 use rtnetlink::packet_route::address::AddressAttribute;
 use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkLayerType, LinkMessage};
 use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState};
@@ -20,13 +21,16 @@ use rtnetlink::packet_route::route::{
     RouteVia,
 };
 use rtnetlink::packet_route::{AddressFamily, route::RouteProtocol};
-use rtnetlink::{Handle, RouteMessageBuilder};
+use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 
 use crate::error::{Error, Kind, Result, WithKind};
 use crate::timeouts;
 
 /// Path of the calling thread's network namespace.
 pub(super) const OWN: &str = "/proc/thread-self/ns/net";
+
+/// Index of the loopback of every network namespace.
+const LOOPBACK: u32 = 1;
 
 /// Runs `job` inside the network namespace at `path`, with a netlink connection to it, under a deadline.
 ///
@@ -65,6 +69,41 @@ fn run_inside<T>(path: &Path, job: impl AsyncFnOnce(Handle) -> Result<T>) -> Res
             () = connection => Err(Error::internal("the netlink connection ended")),
         }
     })
+}
+
+/// A network namespace of the shim's own making. It lives as long as this, and what was moved into it.
+#[derive(Debug)]
+pub struct NewNetns {
+    file: File,
+}
+
+impl NewNetns {
+    /// A new one, empty but for a loopback, which is up.
+    pub async fn create() -> Result<Self> {
+        let made = tokio::task::spawn_blocking(|| {
+            // A thread of its own again, which ends in the new namespace.
+            let thread = std::thread::Builder::new().name("netns".into()).spawn(|| {
+                unshare(CloneFlags::CLONE_NEWNET).or_kind(Kind::Internal, "make a network namespace")?;
+                File::open(OWN).or_kind(Kind::Internal, "open a new network namespace")
+            });
+            let thread = thread.or_kind(Kind::Internal, "start a thread")?;
+            thread.join().map_err(|_| Error::internal("the thread that makes a network namespace panicked"))?
+        });
+        let file = made.await.or_kind(Kind::Internal, "wait for the thread that makes a network namespace")??;
+        let netns = Self { file };
+        enter(&netns.path(), async |netlink| {
+            let up = netlink.link().set(LinkUnspec::new_with_index(LOOPBACK).up().build()).execute();
+            up.await.or_kind(Kind::Internal, "bring the loopback of a new network namespace up")
+        })
+        .await?;
+        Ok(netns)
+    }
+
+    /// Where every process of the host's finds it, while the shim lives.
+    pub fn path(&self) -> PathBuf {
+        let pid = rustix::process::getpid().as_raw_nonzero();
+        format!("/proc/{pid}/fd/{}", self.file.as_raw_fd()).into()
+    }
 }
 
 /// Whether there is no network namespace at `path` (any more): no file, or the plain file that it was mounted on.

@@ -5,7 +5,7 @@
 //! what is there, which is also how a running pod ends. What does not depend on each other runs at the same time: the
 //! network, virtiofsd, the vsock helper.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -33,10 +33,12 @@ use crate::error::{Error, Kind, Result, WithKind};
 use crate::guest::client::{Guest, GuestEvent, GuestTask};
 use crate::guest::listener::{Listener, ListenerTask};
 use crate::guest::transport::{Transport, TransportLaunch};
+use crate::hooks::{Hooks, Moment};
 use crate::host::HostThread;
 use crate::idmap::{IdMapping, IdMappings};
 use crate::namespace::{self, ShareRoot};
 use crate::network::forward::Forward;
+use crate::network::netns::NewNetns;
 use crate::network::{self, PodNetwork, TapFiles};
 use crate::process::{Child, ChildExit, Credentials};
 use crate::sandbox::ledger::Ledger;
@@ -121,6 +123,10 @@ pub struct Access {
     pub user_namespace: Option<IdMappings>,
     /// What the VM can give.
     pub ceiling: Ceiling,
+    /// Hooks of the container, which has no pod; None for none.
+    pub hooks: Option<Hooks>,
+    /// The pod's network namespace; None if it has none of its own.
+    pub netns: Option<PathBuf>,
 }
 
 /// Everything of a running pod. [`Pod::tear_down`] ends it.
@@ -199,6 +205,10 @@ pub enum Farewell {
 #[derive(Debug, Default)]
 struct Parts {
     journal: Option<Ledger>,
+    /// Those that have begun to run.
+    hooks: Option<Hooks>,
+    /// Made for hooks to fill.
+    netns: Option<NewNetns>,
     cgroup: Option<PodCgroup>,
     network: Option<PodNetwork>,
     share: Option<Share>,
@@ -263,6 +273,13 @@ impl Parts {
             failed.push(error.to_string());
         }
         stopwatch.lap("cgroup");
+        if let Some(hooks) = self.hooks.take() {
+            let netns = self.netns.as_ref().map(NewNetns::path);
+            if let Err(error) = hooks.run(Moment::Stop, netns.as_deref()).await {
+                tracing::warn!(%error, "a poststop hook failed");
+            }
+            stopwatch.lap("hooks");
+        }
         // The journal goes last, and only when nothing is left that it names.
         match (failed.is_empty(), self.journal.take()) {
             (true, Some(journal)) => {
@@ -319,7 +336,6 @@ async fn end_network(network: PodNetwork) -> Option<String> {
 struct Plan {
     config: Config,
     size: VmSize,
-    netns: Option<PathBuf>,
     accel: Choice,
     kernel: PathBuf,
     initramfs: PathBuf,
@@ -342,7 +358,6 @@ impl Plan {
         let find = |asset| config.find(asset, &identity.exe);
         Ok(Self {
             size,
-            netns: spec.netns.clone(),
             accel,
             kernel: find(Asset::Kernel)?,
             initramfs: find(Asset::Initramfs)?,
@@ -428,10 +443,16 @@ async fn assemble(
     };
     journal.record(plan.cgroup.iter().map(|path| Entry::Cgroup { path: path.clone() }).collect()).await?;
     let directories = plan.cgroup.clone();
-    let cgroup = parts.cgroup.insert(blocking("make the pod's cgroup", || PodCgroup::create(directories)).await?);
+    parts.cgroup = Some(blocking("make the pod's cgroup", || PodCgroup::create(directories)).await?);
     stopwatch.lap("plan");
     alive(&request.cancel)?;
 
+    let netns = network_namespace(&request.spec, &identity.bundle, parts, &journal).await?;
+    if request.spec.hooks.is_some() {
+        stopwatch.lap("hooks");
+        alive(&request.cancel)?;
+    }
+    let cgroup = parts.cgroup.as_ref().ok_or_else(|| Error::internal("the pod's cgroup is gone"))?;
     let launch = ShareLaunch {
         program: plan.virtiofsd.clone(),
         share: share.clone(),
@@ -451,7 +472,7 @@ async fn assemble(
         oom_score_adj: plan.oom_score_adj,
     };
     let (network, started_share, transport) = tokio::join!(
-        attach_network(plan.netns.as_deref(), &journal),
+        attach_network(netns.as_deref(), &journal),
         Share::start(&host, launch),
         Transport::start(&host, transport)
     );
@@ -516,7 +537,7 @@ async fn assemble(
 
     let create = create_sandbox(&request.spec, network);
     let created = vm.while_alive("make the guest a pod", timeouts::AGENT_CREATE, guest.create_sandbox(create));
-    let forward = start_forward(plan.netns.as_deref(), &guest, &listener);
+    let forward = start_forward(netns.as_deref(), &guest, &listener);
     let (created, forward) = tokio::join!(created, forward);
     // Before any `?`, as above.
     parts.forward = forward;
@@ -534,6 +555,8 @@ async fn assemble(
         etc,
         user_namespace: request.spec.user_namespace.clone(),
         ceiling: Ceiling { limits: request.spec.limits, size: plan.size },
+        hooks: request.spec.hooks.clone(),
+        netns,
     })
 }
 
@@ -578,7 +601,27 @@ async fn helper_failed(children: [Option<&Child>; 2]) -> String {
     futures::future::select_all(ends).await.0
 }
 
-async fn attach_network(netns: Option<&std::path::Path>, journal: &Ledger) -> Result<PodNetwork> {
+/// The network namespace of the pod, after the hooks that may fill it: the given one, or where there is none, a new one for
+/// them. None without either.
+async fn network_namespace(
+    spec: &SandboxSpec,
+    bundle: &Path,
+    parts: &mut Parts,
+    journal: &Ledger,
+) -> Result<Option<PathBuf>> {
+    let Some(hooks) = &spec.hooks else { return Ok(spec.netns.clone()) };
+    journal.record(vec![Entry::Hooks { id: spec.id.0.clone(), bundle: bundle.to_owned() }]).await?;
+    // Also those of a creation that fails are undone.
+    parts.hooks = Some(hooks.clone());
+    let netns = match &spec.netns {
+        None if hooks.prepare_network() => Some(parts.netns.insert(NewNetns::create().await?).path()),
+        given => given.clone(),
+    };
+    hooks.run(Moment::Create, netns.as_deref()).await?;
+    Ok(netns)
+}
+
+async fn attach_network(netns: Option<&Path>, journal: &Ledger) -> Result<PodNetwork> {
     let Some(netns) = netns else { return Ok(PodNetwork::default()) };
     let journal = journal.clone();
     network::read_and_attach(netns, move |links| {
@@ -588,7 +631,7 @@ async fn attach_network(netns: Option<&std::path::Path>, journal: &Ledger) -> Re
 }
 
 /// A pod without port-forward is a pod all the same: what stands in the way is told once.
-async fn start_forward(netns: Option<&std::path::Path>, guest: &Guest, streams: &Listener) -> Option<Forward> {
+async fn start_forward(netns: Option<&Path>, guest: &Guest, streams: &Listener) -> Option<Forward> {
     match Forward::start(netns?, guest.clone(), streams.clone()).await {
         Ok(forward) => Some(forward),
         Err(error) => {

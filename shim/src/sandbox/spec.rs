@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use crate::container::ContainerId;
 use crate::container::spec::{self, Role};
 use crate::error::{Kind, Result, WithKind};
+use crate::hooks::Hooks;
 use crate::idmap::IdMappings;
 use crate::network;
 use crate::sandbox::CreateTask;
@@ -51,6 +52,8 @@ pub struct SandboxSpec {
     pub user_namespace: Option<IdMappings>,
     /// The files that the shim makes for the pod's containers; None where containerd does.
     pub etc: Option<Etc>,
+    /// What is run on the host at points of the life of a container without a pod; None for nothing.
+    pub hooks: Option<Hooks>,
 }
 
 /// New limits of a running pod, in CRI's units: microseconds and bytes. Zero and less mean no limit.
@@ -86,6 +89,10 @@ impl SandboxSpec {
             shm_bytes: SHM_BYTES,
             user_namespace: spec::user_namespace(&task.spec)?,
             etc: None,
+            hooks: match role {
+                Role::Single => Hooks::of_spec(&task.spec, &task.id.0, &task.bundle)?,
+                Role::Sandbox | Role::PodContainer => None,
+            },
         })
     }
 

@@ -155,6 +155,7 @@ pub fn sandbox_spec(
         oom_score_adj: Some(0),
         shm_bytes: SHM_BYTES,
         etc: Some(Etc { hostname, dns }),
+        hooks: None,
     })
 }
 

@@ -26,7 +26,7 @@ use crate::process::{has_not_ended, start_time_of};
 
 /// Version of the format. Raised when an older program would misread a journal; fields and kinds of entries are only added
 /// under a new one.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Name of the journal in a sandbox's directory.
 const FILE: &str = "state.json";
@@ -87,6 +87,13 @@ pub enum Entry {
     Socket {
         /// Absolute.
         path: PathBuf,
+    },
+    /// A container without a pod whose creation has run hooks: its `poststop` hooks undo what those did. Since version 2.
+    Hooks {
+        /// containerd's id.
+        id: String,
+        /// Its bundle, with the spec that has the hooks: they have environments, which belong into no journal.
+        bundle: PathBuf,
     },
     /// A container of the pod.
     Container {
@@ -212,7 +219,7 @@ impl Journal {
     }
 }
 
-/// Reads the journal in `dir`; `None` if there is none. Refuses one of a version that this program does not know.
+/// Reads the journal in `dir`; `None` if there is none. Reads older versions too, and refuses newer ones.
 pub fn read(dir: &Path) -> anyhow::Result<Option<State>> {
     #[derive(Deserialize)]
     struct Versioned {
@@ -227,8 +234,8 @@ pub fn read(dir: &Path) -> anyhow::Result<Option<State>> {
     let what = || format!("journal {} is not readable", path.display());
     let Versioned { version } = serde_json::from_slice(&text).with_context(what)?;
     anyhow::ensure!(
-        version == VERSION,
-        "journal {} has version {version} and this program reads version {VERSION}: use the program that wrote it",
+        (1..=VERSION).contains(&version),
+        "journal {} has version {version} and this program reads versions up to {VERSION}: use the program that wrote it",
         path.display()
     );
     serde_json::from_slice(&text).map(Some).with_context(what)
@@ -339,7 +346,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         fs::write(dir.path().join(FILE), r#"{"version": 7, "future": true}"#).expect("write");
         let error = format!("{:#}", read(dir.path()).expect_err("is refused"));
-        assert!(error.contains("has version 7 and this program reads version 1"), "{error}");
+        assert!(error.contains("has version 7 and this program reads versions up to 2"), "{error}");
         fs::write(dir.path().join(FILE), r#"{"version": 1, "sand"#).expect("write");
         let error = format!("{:#}", read(dir.path()).expect_err("is refused"));
         assert!(error.contains("is not readable"), "{error}");

@@ -18,9 +18,13 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::{Entry, Lock, ProcessId, State};
+use crate::hooks::{Hooks, Moment};
 use crate::network::{self, Link};
 use crate::process::start_time_of;
 use crate::timeouts;
+
+/// The OCI spec in a bundle.
+const SPEC: &str = "config.json";
 
 /// One thing to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,6 +46,13 @@ pub enum Step {
     RemoveSocket(PathBuf),
     /// Remove a directory inside the sandbox's own.
     RemoveDirectory(PathBuf),
+    /// Run the `poststop` hooks of a container without a pod, as its bundle has them.
+    RunHooks {
+        /// containerd's id.
+        id: String,
+        /// Where its spec is.
+        bundle: PathBuf,
+    },
 }
 
 impl Step {
@@ -54,6 +65,7 @@ impl Step {
             | Self::RemoveCgroupParent(path)
             | Self::RemoveSocket(path)
             | Self::RemoveDirectory(path) => path.symlink_metadata().is_ok(),
+            Self::RunHooks { bundle, .. } => bundle.join(SPEC).exists(),
         }
     }
 }
@@ -67,6 +79,7 @@ impl fmt::Display for Step {
             Self::RemoveCgroupParent(path) => write!(f, "cgroup {}, if it is empty", path.display()),
             Self::RemoveSocket(path) => write!(f, "socket {}", path.display()),
             Self::RemoveDirectory(path) => write!(f, "directory {}", path.display()),
+            Self::RunHooks { id, bundle } => write!(f, "poststop hooks of container {id} in {}", bundle.display()),
         }
     }
 }
@@ -109,6 +122,7 @@ pub fn plan(state: &State, present: Present<'_>) -> Vec<Step> {
             Entry::CgroupParent { path } if same_boot => steps.push(Step::RemoveCgroupParent(path.clone())),
             Entry::Socket { path } => steps.push(Step::RemoveSocket(path.clone())),
             Entry::Directory { path } => steps.push(Step::RemoveDirectory(path.clone())),
+            Entry::Hooks { id, bundle } => steps.push(Step::RunHooks { id: id.clone(), bundle: bundle.clone() }),
             Entry::Process { .. }
             | Entry::Container { .. }
             | Entry::Link(_)
@@ -213,6 +227,7 @@ fn execute(steps: &[Step], dir: &Path, deadline: Instant) -> Vec<anyhow::Error> 
             Step::RemoveCgroupParent(path) => remove_cgroup_parent(path),
             Step::RemoveSocket(path) => remove_socket(path),
             Step::RemoveDirectory(path) => remove_directory(path, dir),
+            Step::RunHooks { id, bundle } => run_hooks(id, bundle, deadline),
         };
         failed.extend(done.err());
     }
@@ -249,6 +264,28 @@ fn wait_for_end(pidfd: &OwnedFd, deadline: Instant) -> anyhow::Result<()> {
             Err(errno) => return Err(errno.into()),
         }
     }
+}
+
+/// Runs the hooks that undo what the creation's did. One that fails does not hold up the rest: it would fail again.
+fn run_hooks(id: &str, bundle: &Path, deadline: Instant) -> anyhow::Result<()> {
+    let path = bundle.join(SPEC);
+    let text = match fs::read(&path) {
+        Ok(text) => text,
+        // containerd has removed the bundle: nobody knows the hooks any more.
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error).with_context(|| format!("read {}", path.display())),
+    };
+    let spec = serde_json::from_slice(&text).with_context(|| format!("read {}", path.display()))?;
+    let Some(hooks) = Hooks::of_spec(&spec, id, bundle)? else { return Ok(()) };
+    let left = deadline.saturating_duration_since(Instant::now());
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start a runtime")?;
+    let ran = runtime.block_on(async { tokio::time::timeout(left, hooks.run(Moment::Stop, None)).await });
+    match ran {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::warn!(%error, "a poststop hook failed"),
+        Err(_elapsed) => tracing::warn!("poststop hooks were ended for want of time"),
+    }
+    Ok(())
 }
 
 fn detach(link: &Link, deadline: Instant) -> anyhow::Result<()> {

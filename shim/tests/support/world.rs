@@ -115,6 +115,7 @@ impl World {
             shm_bytes: SHM_BYTES,
             user_namespace: None,
             etc: Some(bulkhead_shim::storage::etc::Etc { hostname: "compartment".into(), dns: None }),
+            hooks: None,
         }
     }
 
@@ -301,6 +302,8 @@ async fn boot(root: PathBuf, lost: CancellationToken, shared: SharedAgent, reque
         etc,
         user_namespace: None,
         ceiling,
+        hooks: None,
+        netns: None,
     };
     Ok(Pod::without_vm(access, lost))
 }

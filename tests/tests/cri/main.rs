@@ -81,6 +81,7 @@ const ROWS: &[Row] = &[
     Row::in_pod("a page is fetched from the pod's address, IPv4 and IPv6", together::page),
     Row::in_pod("the pod reaches the host, IPv4 and IPv6", together::reach_host),
     Row::in_pod("interface, MTU, addresses and routes are those of CNI", together::interface),
+    Row::in_pod("by the pids of a pod and its container the pod's network is entered", together::network_by_pid),
     Row::alone("two pods reach one another", together::pod_to_pod),
     Row::alone("a host port leads to the pod", together::host_port),
     // What sets Bulkhead apart.

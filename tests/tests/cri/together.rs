@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr, TcpListener};
 
 use anyhow::{Context as _, Result, ensure};
-use bulkhead_tests::command::wait_for;
+use bulkhead_tests::command::{Run, wait_for};
 use bulkhead_tests::container::ContainerSpec;
 use bulkhead_tests::network::{self, MTU};
 use bulkhead_tests::pod::{Pod, PodSpec, namespace_mode};
@@ -138,6 +138,20 @@ pub fn interface(context: &Context, pod: &Pod) -> Result<()> {
     ensure!(loopback.contains("127.0.0.1/8") && loopback.contains("::1/128"), "loopback is {loopback}");
     // A packet larger than an Ethernet's default MTU arrives in pieces or as one, but arrives.
     container.shell(&format!("ping -c 1 -W 5 -s 4000 {}", context.node.network.gateway()))?;
+    container.remove_by_force()
+}
+
+pub fn network_by_pid(_: &Context, pod: &Pod) -> Result<()> {
+    let container = pod.run(ContainerSpec::idle())?;
+    for known in [pod.inspect()?, container.inspect()?] {
+        let pid = known["info"]["pid"].as_u64().context("crictl shows no pid")?;
+        let entered =
+            Run::new("nsenter").arg(format!("--net=/proc/{pid}/ns/net")).args(["ip", "addr", "show", "dev", "eth0"]);
+        let found = entered.success()?.text();
+        for address in pod.addresses()? {
+            ensure!(found.contains(&format!(" {address}/")), "{address} is missing where process {pid} is: {found}");
+        }
+    }
     container.remove_by_force()
 }
 

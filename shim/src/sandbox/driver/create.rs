@@ -149,6 +149,7 @@ impl Driver {
                     Some(task) if single => return self.make_container(task, reply),
                     Some(task) => self.created(&id, &Told::of(&task)),
                     None => {
+                        self.enter_network(&id);
                         if let Some(sandbox) = self.containers.get_mut(&id) {
                             sandbox.stage = Stage::Made;
                         }
@@ -196,7 +197,8 @@ impl Driver {
             let pid_of =
                 |role: Role| driver.containers.values().find(|container| container.role == role).map(|c| c.init.pid());
             spec::check_user_namespace(&task.spec, access.user_namespace.as_ref())?;
-            let guest = spec::translate(task.spec.clone(), pid_of(Role::Sandbox))?;
+            let mut guest = spec::translate(task.spec.clone(), pid_of(Role::Sandbox))?;
+            guest.dropped.retain(|key| key != "hooks" || access.hooks.is_none());
             let target = match guest.pid_namespace {
                 PidNamespace::OfHostPid(pid) => driver.container_of_pid(pid)?,
                 PidNamespace::Own | PidNamespace::Pod => String::new(),
@@ -273,7 +275,17 @@ impl Driver {
         }
     }
 
+    /// A pid that leads elsewhere misleads who debugs, and nobody else.
+    fn enter_network(&self, id: &ContainerId) {
+        let Holding::Pod(pod) = &self.holding else { return };
+        let (Some(netns), Some(container)) = (pod.access().netns, self.containers.get(id)) else { return };
+        if let Err(error) = container.init.enter_network(&netns) {
+            tracing::debug!(container_id = %id, error = %format_args!("{error:#}"), "its pid is not in the pod's network");
+        }
+    }
+
     fn created(&mut self, id: &ContainerId, told: &Told) {
+        self.enter_network(id);
         let Some(container) = self.containers.get_mut(id) else { return };
         container.stage = Stage::Made;
         let pid = container.init.pid();

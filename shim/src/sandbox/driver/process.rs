@@ -16,6 +16,7 @@ use crate::container::spec::{self, Role};
 use crate::container::stdio::{Logged, Stdio, StdioPaths};
 use crate::container::{ContainerId, ProcessId};
 use crate::error::{Error, Kind, Result, WithKind};
+use crate::hooks::Moment;
 use crate::sandbox::boot::{Access, Farewell};
 use crate::sandbox::state::State;
 use crate::sandbox::{Deleted, ExecTask, Reply};
@@ -81,6 +82,12 @@ impl Driver {
         });
         self.jobs.spawn(async move {
             let result = start_in_guest(&access, &id, exec).await;
+            if let (Ok(_), Some(hooks), None) = (&result, &access.hooks, &id.exec)
+                && let Err(error) = hooks.run(Moment::Start, None).await
+            {
+                // The specification has the container live on.
+                tracing::warn!(container_id = %id.container, %error, "a poststart hook failed");
+            }
             Done::Started(StartDone { id, result, reply })
         });
     }
