@@ -4,7 +4,8 @@
 //! it turns up in the specs of the pod's other containers, and `kubectl debug --target` names a container by nothing else.
 //! So each container gets a thread that does nothing but wait: its tid is a pid that is the container's alone and is gone
 //! when the container is. The thread waits in the pod's network namespace, where whoever looks for a container's addresses by
-//! its pid finds them, as with runc: `nsenter --net`, and nerdctl.
+//! its pid finds them, as with runc: `nsenter --net`, and nerdctl. It leaves when the container's process ends, for a network
+//! namespace lives as long as what is in it.
 
 use std::fs::File;
 use std::io;
@@ -22,6 +23,7 @@ type Move = (File, SyncSender<io::Result<()>>);
 #[derive(Debug)]
 pub struct HostPid {
     tid: u32,
+    in_pod: bool,
     /// Dropped to end the thread.
     moves: Option<Sender<Move>>,
     thread: Option<JoinHandle<()>>,
@@ -43,13 +45,30 @@ impl HostPid {
             })
             .context("start a thread to hold a container's pid")?;
         let tid = told.recv().context("the thread that holds a container's pid ended")?;
-        Ok(Self { tid: tid.unsigned_abs(), moves: Some(moves), thread: Some(thread) })
+        Ok(Self { tid: tid.unsigned_abs(), in_pod: false, moves: Some(moves), thread: Some(thread) })
     }
 
     /// Has `/proc/<pid>/ns/net` be the network namespace at `path`.
     ///
     /// An error leaves it as it was. Takes as long as `setns(2)`.
-    pub fn enter_network(&self, path: &Path) -> anyhow::Result<()> {
+    pub fn enter_network(&mut self, path: &Path) -> anyhow::Result<()> {
+        self.move_to(path)?;
+        self.in_pod = true;
+        Ok(())
+    }
+
+    /// Undoes [`enter_network`](Self::enter_network).
+    pub fn leave_network(&mut self) {
+        // Of the main thread, which never leaves it.
+        if self.in_pod
+            && let Err(error) = self.move_to(Path::new("/proc/self/ns/net"))
+        {
+            tracing::warn!(error = %format_args!("{error:#}"), "a pod's network namespace is kept by the pid of a container");
+        }
+        self.in_pod = false;
+    }
+
+    fn move_to(&self, path: &Path) -> anyhow::Result<()> {
         let netns = File::open(path).with_context(|| format!("open {}", path.display()))?;
         let (answer, answered) = mpsc::sync_channel(1);
         let asked = self.moves.as_ref().is_some_and(|moves| moves.send((netns, answer)).is_ok());
@@ -91,17 +110,19 @@ mod tests {
     use crate::network::netns::NewNetns;
 
     #[tokio::test]
-    async fn a_pid_leads_to_the_network_namespace_that_it_entered() {
+    async fn a_pid_leads_to_the_network_namespace_that_it_entered_until_it_leaves() {
         let netns = NewNetns::create().await.expect("makes a namespace");
         let inode = |path: &Path| std::fs::metadata(path).expect("is there").ino();
         let (wanted, own) = (inode(&netns.path()), inode(Path::new("/proc/self/ns/net")));
-        let pid = HostPid::allocate().expect("allocates");
+        let mut pid = HostPid::allocate().expect("allocates");
         let path = std::path::PathBuf::from(format!("/proc/{}/ns/net", pid.get()));
         assert_eq!(inode(&path), own);
         pid.enter_network(&netns.path()).expect("enters");
         assert_eq!(inode(&path), wanted);
         pid.enter_network(Path::new("/nonexistent")).expect_err("cannot be entered");
         assert_eq!(inode(&path), wanted);
+        pid.leave_network();
+        assert_eq!(inode(&path), own);
     }
 
     #[test]

@@ -141,8 +141,8 @@ impl Process {
         self.pid.get()
     }
 
-    /// See [`HostPid::enter_network`].
-    pub fn enter_network(&self, path: &Path) -> anyhow::Result<()> {
+    /// See [`HostPid::enter_network`]; until it has ended.
+    pub fn enter_network(&mut self, path: &Path) -> anyhow::Result<()> {
         self.pid.enter_network(path)
     }
 
@@ -161,6 +161,9 @@ impl Process {
         match self.phase.after(step) {
             Some(next) => {
                 self.phase = next;
+                if next == Phase::Exited {
+                    self.pid.leave_network();
+                }
                 Ok(())
             }
             None => Err(Error::failed_precondition(format!(
