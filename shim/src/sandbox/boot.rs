@@ -142,6 +142,11 @@ impl Pod {
         Self { parts: Parts { lost: Some(lost), ..Parts::default() }, access }
     }
 
+    /// Its network namespace; None if it has none of its own.
+    pub fn netns(&self) -> Option<&Path> {
+        self.access.netns.as_deref()
+    }
+
     /// What jobs use.
     pub fn access(&self) -> Access {
         self.access.clone()
