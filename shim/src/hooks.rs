@@ -28,7 +28,7 @@ use crate::timeouts;
 /// Most that is read of what a hook says on stderr; the rest is dropped.
 const MAX_SAID: u64 = 4096;
 
-/// By this annotation of the state nerdctl's hook finds the network namespace of a container whose pid is not in it:
+/// By this annotation of the state nerdctl's hook finds the network namespace of a container, also where that has no pid any more:
 /// <https://github.com/containerd/nerdctl/blob/main/pkg/ocihook/ocihook.go>.
 const NERDCTL_NETNS: &str = "nerdctl/network-namespace";
 
@@ -111,18 +111,19 @@ impl Hooks {
         !self.create.is_empty()
     }
 
-    /// Runs those of `moment`, one after the other; `netns` is the container's network namespace, while there is one.
+    /// Runs those of `moment`, one after the other; `netns` is the container's network namespace, while there is one,
+    /// and `pid` what stands for the container on the host, in that namespace: hooks look for it by either.
     ///
     /// The first that fails ends the creation; at other moments all are run, and the first error is returned. Its kind is
     /// [`Kind::FailedPrecondition`], and it has what the hook said. A hook that takes longer than its `timeout`, or
     /// [`timeouts::HOOK`] without one, is killed. Cancel safe: the hook that runs is killed.
-    pub async fn run(&self, moment: Moment, netns: Option<&Path>) -> Result<()> {
+    pub async fn run(&self, moment: Moment, netns: Option<&Path>, pid: Option<u32>) -> Result<()> {
         let (hooks, status) = match moment {
             Moment::Create => (&self.create, ContainerState::Creating),
             Moment::Start => (&self.start, ContainerState::Running),
             Moment::Stop => (&self.stop, ContainerState::Stopped),
         };
-        let state = self.state(status, netns)?;
+        let state = self.state(status, netns, pid)?;
         let mut outcome = Ok(());
         for hook in hooks {
             let done = run_one(hook, &self.bundle, &state).await;
@@ -135,9 +136,8 @@ impl Hooks {
         outcome
     }
 
-    /// What hooks read: <https://github.com/opencontainers/runtime-spec/blob/main/runtime.md#state>. The pid is the shim's,
-    /// which stands for the container on the host before there is a virtual machine.
-    fn state(&self, status: ContainerState, netns: Option<&Path>) -> Result<Vec<u8>> {
+    /// What hooks read: <https://github.com/opencontainers/runtime-spec/blob/main/runtime.md#state>.
+    fn state(&self, status: ContainerState, netns: Option<&Path>, pid: Option<u32>) -> Result<Vec<u8>> {
         let mut annotations = self.annotations.clone();
         if let Some(netns) = netns {
             annotations.insert(NERDCTL_NETNS.into(), netns.display().to_string());
@@ -148,8 +148,8 @@ impl Hooks {
             .status(status)
             .bundle(self.bundle.clone())
             .annotations(annotations);
-        if status != ContainerState::Stopped {
-            state = state.pid(rustix::process::getpid().as_raw_nonzero().get());
+        if let Some(pid) = pid {
+            state = state.pid(pid.cast_signed());
         }
         let state = state.build().or_kind(Kind::Internal, "make the state for hooks")?;
         serde_json::to_vec(&state).or_kind(Kind::Internal, "write the state for hooks")
@@ -243,12 +243,12 @@ mod tests {
         });
         let hooks = hooks(&list, dir.path()).expect("reads").expect("has some");
         assert!(hooks.prepare_network());
-        hooks.run(Moment::Create, Some(Path::new("/proc/7/fd/8"))).await.expect("run");
+        hooks.run(Moment::Create, Some(Path::new("/proc/7/fd/8")), Some(7)).await.expect("run");
         assert_eq!(fs::read_to_string(dir.path().join("order")).expect("is there"), "first\nsecond\nhello\n");
         let state: Value =
             serde_json::from_slice(&fs::read(dir.path().join("state")).expect("is there")).expect("is JSON");
         let expected = json!({
-            "ociVersion": "1.2.0", "id": "web", "status": "creating", "pid": std::process::id(),
+            "ociVersion": "1.2.0", "id": "web", "status": "creating", "pid": 7,
             "bundle": dir.path(), "annotations": {"a": "b", "nerdctl/network-namespace": "/proc/7/fd/8"},
         });
         assert_eq!(state, expected);
@@ -260,12 +260,12 @@ mod tests {
         let failing = shell("echo no such network >&2; exit 3");
         let list = json!({"createRuntime": [failing, shell("touch reached")]});
         let made = hooks(&list, dir.path()).expect("reads").expect("has some");
-        let error = made.run(Moment::Create, None).await.expect_err("fails");
+        let error = made.run(Moment::Create, None, None).await.expect_err("fails");
         assert_eq!(error.to_string(), "hook /bin/sh: exited with status 3: no such network");
         assert!(!dir.path().join("reached").exists());
         let list = json!({"poststop": [failing, shell("touch reached")]});
         let made = hooks(&list, dir.path()).expect("reads").expect("has some");
-        made.run(Moment::Stop, None).await.expect_err("fails");
+        made.run(Moment::Stop, None, None).await.expect_err("fails");
         assert!(dir.path().join("reached").exists());
     }
 
@@ -276,7 +276,7 @@ mod tests {
         hook["timeout"] = json!(1);
         let made = hooks(&json!({"poststart": [hook]}), dir.path()).expect("reads").expect("has some");
         let begun = Instant::now();
-        let error = made.run(Moment::Start, None).await.expect_err("fails");
+        let error = made.run(Moment::Start, None, None).await.expect_err("fails");
         assert_eq!(error.kind(), Kind::DeadlineExceeded);
         assert!(begun.elapsed() >= Duration::from_secs(1));
     }

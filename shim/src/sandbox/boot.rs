@@ -20,6 +20,7 @@ use crate::annotations::Annotations;
 use crate::bootstrap::ServeConfig;
 use crate::cgroup::PodCgroup;
 use crate::config::{Asset, Config};
+use crate::container::pid::HostPid;
 use crate::container::stdio::streaming::Streams;
 use crate::device::balloon::Balloon;
 use crate::device::block::ScsiController;
@@ -280,7 +281,7 @@ impl Parts {
         stopwatch.lap("cgroup");
         if let Some(hooks) = self.hooks.take() {
             let netns = self.netns.as_ref().map(NewNetns::path);
-            if let Err(error) = hooks.run(Moment::Stop, netns.as_deref()).await {
+            if let Err(error) = hooks.run(Moment::Stop, netns.as_deref(), None).await {
                 tracing::warn!(%error, "a poststop hook failed");
             }
             stopwatch.lap("hooks");
@@ -622,7 +623,12 @@ async fn network_namespace(
         None if hooks.prepare_network() => Some(parts.netns.insert(NewNetns::create().await?).path()),
         given => given.clone(),
     };
-    hooks.run(Moment::Create, netns.as_deref()).await?;
+    // Whose pid a hook is told must lead to no network of the host's: links are moved by it.
+    let mut pid = HostPid::allocate().or_kind(Kind::Internal, "take a pid for hooks")?;
+    if let Some(netns) = &netns {
+        pid.enter_network(netns).or_kind(Kind::InvalidArgument, "the container's network namespace")?;
+    }
+    hooks.run(Moment::Create, netns.as_deref(), Some(pid.get())).await?;
     Ok(netns)
 }
 

@@ -279,7 +279,7 @@ fn run_hooks(id: &str, bundle: &Path, deadline: Instant) -> anyhow::Result<()> {
     let Some(hooks) = Hooks::of_spec(&spec, id, bundle)? else { return Ok(()) };
     let left = deadline.saturating_duration_since(Instant::now());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start a runtime")?;
-    let ran = runtime.block_on(async { tokio::time::timeout(left, hooks.run(Moment::Stop, None)).await });
+    let ran = runtime.block_on(async { tokio::time::timeout(left, hooks.run(Moment::Stop, None, None)).await });
     match ran {
         Ok(Ok(())) => {}
         Ok(Err(error)) => tracing::warn!(%error, "a poststop hook failed"),

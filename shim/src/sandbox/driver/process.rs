@@ -66,11 +66,12 @@ impl Driver {
         let begin = |driver: &mut Self| {
             driver.made(&id.container)?;
             let access = driver.access("start")?;
-            driver.process_mut(&id)?.step(Step::Start, &id)?;
-            Ok::<_, Error>(access)
+            let process = driver.process_mut(&id)?;
+            process.step(Step::Start, &id)?;
+            Ok::<_, Error>((access, process.pid()))
         };
-        let access = match begin(self) {
-            Ok(access) => access,
+        let (access, pid) = match begin(self) {
+            Ok(begun) => begun,
             Err(error) => return answer(reply, Err(error)),
         };
         let exec = id.exec.as_ref().and_then(|exec| {
@@ -83,7 +84,7 @@ impl Driver {
         self.jobs.spawn(async move {
             let result = start_in_guest(&access, &id, exec).await;
             if let (Ok(_), Some(hooks), None) = (&result, &access.hooks, &id.exec)
-                && let Err(error) = hooks.run(Moment::Start, None).await
+                && let Err(error) = hooks.run(Moment::Start, None, Some(pid)).await
             {
                 // The specification has the container live on.
                 tracing::warn!(container_id = %id.container, %error, "a poststart hook failed");
