@@ -212,7 +212,16 @@ pub fn bpf_socket_lookup(instructions: &[u64]) -> io::Result<OwnedFd> {
         prog_ifindex: 0,
         expected_attach_type: BPF_SK_LOOKUP,
     };
-    bpf_file(PROG_LOAD, &load)
+    // The verifier gives up when a signal waits for the thread, the end of a child for instance.
+    const ATTEMPTS: usize = 5;
+    let mut loaded = bpf_file(PROG_LOAD, &load);
+    for _ in 1..ATTEMPTS {
+        match loaded {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => loaded = bpf_file(PROG_LOAD, &load),
+            _ => break,
+        }
+    }
+    loaded
 }
 
 /// Attach type of socket lookups.
@@ -232,6 +241,12 @@ pub fn bpf_link(program: &impl AsFd, netns: &impl AsFd) -> io::Result<OwnedFd> {
     const LINK_CREATE: libc::c_int = 28;
     let (program, netns) = (program.as_fd().as_raw_fd() as u32, netns.as_fd().as_raw_fd() as u32);
     bpf_file(LINK_CREATE, &Create { prog_fd: program, target_fd: netns, attach_type: BPF_SK_LOOKUP, flags: 0 })
+}
+
+/// Takes the program of a [`bpf_link`] out of its network namespace, whoever else holds the file (Linux 5.9).
+pub fn bpf_detach(link: &impl AsFd) -> io::Result<()> {
+    const LINK_DETACH: libc::c_int = 34;
+    bpf(LINK_DETACH, &(link.as_fd().as_raw_fd() as u32)).map(drop)
 }
 
 #[cfg(test)]

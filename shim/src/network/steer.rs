@@ -41,7 +41,7 @@ pub struct Steering {
 enum Means {
     /// The link that attaches the program; it holds the program, and the program the map.
     Lookup {
-        _link: OwnedFd,
+        link: OwnedFd,
     },
     Redirect,
 }
@@ -70,7 +70,7 @@ pub async fn by_lookup(netns: &Path) -> Result<(Steering, TcpListener)> {
         Ok((attach().context("steer by BPF")?, listener))
     })
     .await?;
-    Ok((Steering { netns: netns.into(), means: Means::Lookup { _link: link } }, listener))
+    Ok((Steering { netns: netns.into(), means: Means::Lookup { link } }, listener))
 }
 
 /// Steers by a redirect.
@@ -105,8 +105,11 @@ impl Steering {
     /// Leaves the namespace as it was. New connections to its loopback are refused from here on.
     pub async fn close(self) -> Result<()> {
         match self.means {
-            // The link's file closes here.
-            Means::Lookup { .. } => Ok(()),
+            // A child that has not reached its program yet holds a copy of the file, so its close alone would be too late.
+            Means::Lookup { link } => match sys::bpf_detach(&link) {
+                Err(_) if netns::is_gone(&self.netns) => Ok(()),
+                detached => detached.or_kind(Kind::Internal, "end the steering of the pod's loopback"),
+            },
             Means::Redirect => {
                 let removed = netns::enter(&self.netns, async |_| {
                     nft(&removal()).await.or_kind(Kind::Internal, "remove the redirect of the pod's loopback")
@@ -416,7 +419,8 @@ mod tests {
         let refused = dial(&pod, "127.0.0.1:80").expect_err("is refused");
         assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused);
         let (steering, listener) = by_lookup(&pod.path()).await.expect("another one comes");
-        drop((steering, listener));
+        steering.close().await.expect("closes");
+        drop(listener);
         assert!(dial(&pod, "[::1]:80").is_err());
     }
 
