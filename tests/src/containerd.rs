@@ -106,8 +106,8 @@ impl Node {
             ];
             for (link, target) in programs {
                 let path = layout.program(link);
-                if link.starts_with("vhost-") || link == "virtiofsd" {
-                    // Pods run these as other users, who cannot reach into root's cache where they were built.
+                if ["virtiofsd", "bulkhead-vsock"].contains(&link) {
+                    // Pods run these as other users, who cannot reach into the home of root's where they were built.
                     fs::copy(target, &path).with_context(|| format!("copy {}", target.display()))?;
                 } else {
                     std::os::unix::fs::symlink(target, &path).with_context(|| format!("link {}", path.display()))?;
