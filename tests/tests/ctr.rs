@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use bulkhead_tests::command::wait_for;
 use bulkhead_tests::ctr::make_root;
+use bulkhead_tests::process::namespace_of;
 use bulkhead_tests::row::{Context, Row, Runtime};
 use bulkhead_tests::suite;
 use bulkhead_tests::terminal::Terminal;
@@ -22,6 +23,7 @@ const ROWS: &[Row] = &[
     Row::alone("events come in the order create, start, exit, delete", events).only(&[Runtime::Bulkhead]),
     Row::alone("resource limits of the spec reach the program", rlimits),
     Row::alone("tmpfs and bind mounts of ctr are there", mounts),
+    Row::alone("the pid of a container that has no network leads to none of the host's", pid_without_network),
     Row::alone("a program that does not exist is an error that names it", not_found),
     Row::alone("a bind mount whose source does not exist is an error that names it", missing_mount_source),
 ];
@@ -210,4 +212,17 @@ fn missing_mount_source(context: &Context) -> Result<()> {
     ctr.remove(&id)?;
     ensure!(said.contains("nothing-here"), "ctr said {said:?}");
     Ok(())
+}
+
+/// `ctr run --cni` has plugins configure, and in the end clear, the network that the pid leads to.
+fn pid_without_network(context: &Context) -> Result<()> {
+    let ctr = context.ctr();
+    let id = ctr.new_id("alone");
+    ctr.run(&["-d"], &id, &["sleep", "1000"]).success()?;
+    let tasks = ctr.command(&["task", "ls"]).success()?.text();
+    let line = tasks.lines().find(|line| line.starts_with(&id)).context("ctr task ls does not list it")?;
+    let pid = line.split_whitespace().nth(1).with_context(|| format!("no pid in {line}"))?;
+    let (own, hosts) = (namespace_of(pid, "net")?, namespace_of("self", "net")?);
+    ensure!(own != hosts, "{pid} is in the host's network namespace, {hosts}");
+    ctr.remove(&id)
 }

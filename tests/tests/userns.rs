@@ -11,7 +11,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use bulkhead_tests::command::wait_for;
+use bulkhead_tests::command::{Run, wait_for};
 use bulkhead_tests::container::{Container, ContainerSpec, text_of};
 use bulkhead_tests::network::fetch;
 use bulkhead_tests::pod::{self, Pod, PodSpec, namespace_mode};
@@ -21,22 +21,32 @@ use bulkhead_tests::tools::Version;
 use serde_json::{Value, json};
 
 const ROWS: &[Row] = &[
-    Row::alone("the handler announces user namespaces and recursive read-only mounts", announced),
-    Row::alone("a container's ids are mapped as asked, and the image belongs to its root", identity),
-    Row::alone("containers of a pod and their execs share one user namespace", shared),
-    Row::alone("volumes have the owners that their mapping says, on both sides", volumes),
-    Row::alone("root in the container is root of its files, whoever owns them", powers),
-    Row::alone("users and groups of a container are those inside its namespace", users),
-    Row::alone("proc, sysfs, mqueue, devices, shared memory and cgroup are there", kernel_file_systems),
-    Row::alone("host name, sysctls and network are the pod's, and its root has power over them", network),
-    Row::alone("with a pod-wide PID namespace, containers see one another", pid_pod),
-    Row::alone("logs, statistics, a terminal and being killed for memory are as ever", life),
-    Row::alone("a lone container of ctr has the namespace that its flags say", lone).only(&[Runtime::Bulkhead]),
-    Row::alone("a mapping without root is refused by the name of the field", rootless),
+    Row::alone("the handler announces user namespaces and recursive read-only mounts", announced).releases(SINCE_2),
+    Row::alone("a container's ids are mapped as asked, and the image belongs to its root", identity).releases(SINCE_2),
+    Row::alone("containers of a pod and their execs share one user namespace", shared).releases(SINCE_2),
+    Row::alone("volumes have the owners that their mapping says, on both sides", volumes).releases(SINCE_2),
+    Row::alone("root in the container is root of its files, whoever owns them", powers).releases(SINCE_2),
+    Row::alone("users and groups of a container are those inside its namespace", users).releases(SINCE_2),
+    Row::alone("proc, sysfs, mqueue, devices, shared memory and cgroup are there", kernel_file_systems)
+        .releases(SINCE_2),
+    Row::alone("host name, sysctls and network are the pod's, and its root has power over them", network)
+        .releases(SINCE_2),
+    Row::alone("with a pod-wide PID namespace, containers see one another", pid_pod).releases(SINCE_2),
+    Row::alone("logs, statistics, a terminal and being killed for memory are as ever", life).releases(SINCE_2),
+    Row::alone("a lone container of ctr has the namespace that its flags say", lone)
+        .only(&[Runtime::Bulkhead])
+        .releases(SINCE_2),
+    Row::alone("a mapping without root is refused by the name of the field", rootless).releases(SINCE_2),
+    Row::alone("where containerd leaves the network to the runtime, such a pod is refused and the host's stays", late)
+        .only(&[Runtime::Bulkhead])
+        .releases(&[Version::V1_7]),
 ];
 
+/// 1.6 knows no user namespaces, and 1.7 leaves the network namespace of such a pod to the runtime.
+const SINCE_2: &[Version] = &[Version::V2_4];
+
 fn main() -> ExitCode {
-    suite::run(&[Version::V2_4], &[Runtime::Bulkhead, Runtime::BulkheadSandbox], ROWS)
+    suite::run(&[Version::V1_7, Version::V2_4], &[Runtime::Bulkhead, Runtime::BulkheadSandbox], ROWS)
 }
 
 const SOON: Duration = Duration::from_secs(20);
@@ -354,5 +364,16 @@ fn rootless(context: &Context) -> Result<()> {
     let (pod, output) = pod::try_start(&context.node, context.runtime.bare_handler(), spec)?;
     ensure!(pod.is_none(), "a pod without a root runs");
     ensure!(output.stderr.contains("does not map id 0"), "the refusal is {}", output.describe());
+    Ok(())
+}
+
+fn late(context: &Context) -> Result<()> {
+    let links = || Ok::<_, anyhow::Error>(Run::new("/sbin/ip").args(["-brief", "link"]).success()?.text());
+    let before = links()?;
+    let (pod, output) = pod::try_start(&context.node, context.runtime.bare_handler(), pod_spec())?;
+    ensure!(pod.is_none(), "a pod without a network runs");
+    ensure!(output.stderr.contains("(hostUsers: false)"), "the refusal is {}", output.describe());
+    let after = links()?;
+    ensure!(before == after, "the host's links were\n{before}\nand are\n{after}");
     Ok(())
 }

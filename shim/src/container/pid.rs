@@ -5,7 +5,8 @@
 //! So each container gets a thread that does nothing but wait: its tid is a pid that is the container's alone and is gone
 //! when the container is. The thread waits in the pod's network namespace, where whoever looks for a container's addresses by
 //! its pid finds them, as with runc: `nsenter --net`, and nerdctl. It leaves when the container's process ends, for a network
-//! namespace lives as long as what is in it.
+//! namespace lives as long as what is in it. Where there is none, it has an empty one of its own: `ctr run --cni` configures
+//! whatever network the pid leads to, and that must never be the host's.
 
 use std::fs::File;
 use std::io;
@@ -14,10 +15,10 @@ use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
 use std::thread::{self, JoinHandle};
 
 use anyhow::Context;
-use nix::sched::{CloneFlags, setns};
+use nix::sched::{CloneFlags, setns, unshare};
 
-/// A network namespace to enter, and where to answer.
-type Move = (File, SyncSender<io::Result<()>>);
+/// A network namespace to enter, none for a new one, and where to answer.
+type Move = (Option<File>, SyncSender<io::Result<()>>);
 
 /// The pid of one container, as long as this value lives.
 #[derive(Debug)]
@@ -68,14 +69,23 @@ impl HostPid {
         self.in_pod = false;
     }
 
+    /// Has `/proc/<pid>/ns/net` be an empty network namespace that is the pid's alone, as long as the pid is there.
+    ///
+    /// An error leaves it as it was. Takes as long as `unshare(2)`.
+    pub fn enter_empty_network(&mut self) -> anyhow::Result<()> {
+        self.ask(None).context("make a network namespace")
+    }
+
     fn move_to(&self, path: &Path) -> anyhow::Result<()> {
         let netns = File::open(path).with_context(|| format!("open {}", path.display()))?;
+        self.ask(Some(netns)).with_context(|| format!("enter {}", path.display()))
+    }
+
+    fn ask(&self, netns: Option<File>) -> anyhow::Result<()> {
         let (answer, answered) = mpsc::sync_channel(1);
         let asked = self.moves.as_ref().is_some_and(|moves| moves.send((netns, answer)).is_ok());
         let entered = if asked { answered.recv().ok() } else { None };
-        entered
-            .context("the thread that holds a container's pid ended")?
-            .with_context(|| format!("enter {}", path.display()))
+        Ok(entered.context("the thread that holds a container's pid ended")??)
     }
 
     /// The pid.
@@ -97,8 +107,12 @@ impl Drop for HostPid {
 /// Until the sender is dropped.
 fn wait(wanted: &Receiver<Move>) {
     for (netns, answer) in wanted {
+        let moved = match netns {
+            Some(netns) => setns(&netns, CloneFlags::CLONE_NEWNET),
+            None => unshare(CloneFlags::CLONE_NEWNET),
+        };
         // Who asked waits for the answer.
-        drop(answer.send(setns(&netns, CloneFlags::CLONE_NEWNET).map_err(io::Error::from)));
+        drop(answer.send(moved.map_err(io::Error::from)));
     }
 }
 
@@ -123,6 +137,17 @@ mod tests {
         assert_eq!(inode(&path), wanted);
         pid.leave_network();
         assert_eq!(inode(&path), own);
+    }
+
+    #[test]
+    fn a_pid_without_a_network_of_the_pod_has_one_of_its_own() {
+        let inode = |path: &str| std::fs::metadata(path).expect("is there").ino();
+        let mut pid = HostPid::allocate().expect("allocates");
+        pid.enter_empty_network().expect("makes one");
+        let own = inode(&format!("/proc/{}/ns/net", pid.get()));
+        assert_ne!(own, inode("/proc/self/ns/net"));
+        pid.leave_network();
+        assert_eq!(inode(&format!("/proc/{}/ns/net", pid.get())), own);
     }
 
     #[test]

@@ -141,9 +141,12 @@ impl Process {
         self.pid.get()
     }
 
-    /// See [`HostPid::enter_network`]; until it has ended.
-    pub fn enter_network(&mut self, path: &Path) -> anyhow::Result<()> {
-        self.pid.enter_network(path)
+    /// See [`HostPid::enter_network`]; until it has ended. None: [`HostPid::enter_empty_network`].
+    pub fn enter_network(&mut self, path: Option<&Path>) -> anyhow::Result<()> {
+        match path {
+            Some(path) => self.pid.enter_network(path),
+            None => self.pid.enter_empty_network(),
+        }
     }
 
     /// True from the call of Start to the exit.

@@ -61,6 +61,15 @@ pub fn host_network_refused() -> Error {
     )
 }
 
+/// Error for a pod whose network is to be configured only after its sandbox is there. Whoever does so goes by the sandbox's
+/// pid, behind which a VM has no network.
+pub fn late_network_refused() -> Error {
+    Error::invalid(
+        "spec: linux.namespaces gives no path of the pod's network namespace, but a pod in a virtual machine needs its network \
+         before its sandbox: containerd 1.7 does this for user namespaces (hostUsers: false), which need containerd 2.0 or newer",
+    )
+}
+
 /// The network namespace of a sandbox's OCI spec. `None`: a new, empty one is asked for, so there is no network.
 ///
 /// Errors when the spec has no network namespace at all, which means the host's.

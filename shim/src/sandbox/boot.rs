@@ -625,9 +625,11 @@ async fn network_namespace(
     };
     // Whose pid a hook is told must lead to no network of the host's: links are moved by it.
     let mut pid = HostPid::allocate().or_kind(Kind::Internal, "take a pid for hooks")?;
-    if let Some(netns) = &netns {
-        pid.enter_network(netns).or_kind(Kind::InvalidArgument, "the container's network namespace")?;
+    match &netns {
+        Some(netns) => pid.enter_network(netns),
+        None => pid.enter_empty_network(),
     }
+    .or_kind(Kind::InvalidArgument, "the container's network namespace")?;
     hooks.run(Moment::Create, netns.as_deref(), Some(pid.get())).await?;
     Ok(netns)
 }

@@ -75,10 +75,14 @@ impl SandboxSpec {
         let typed = serde_json::from_value(task.spec.clone()).or_kind(Kind::InvalidArgument, "read spec")?;
         spec::check_ipc_namespace(&task.spec)?;
         let hostname = spec::string(&task.spec, "/hostname");
+        let netns = network::netns_of(&task.spec)?;
+        if role == Role::Sandbox && netns.is_none() {
+            return Err(network::late_network_refused());
+        }
         Ok(Self {
             id: task.id.clone(),
             options: task.options.clone(),
-            netns: network::netns_of(&task.spec)?,
+            netns,
             // A container without a pod has its own host name by its spec.
             hostname: if hostname.is_empty() && role == Role::Single { task.id.0.clone() } else { hostname },
             sysctls: spec::sysctls(&task.spec),
@@ -182,7 +186,8 @@ mod tests {
 
     #[test]
     fn a_container_without_a_pod_is_called_by_its_id() {
-        let spec = json!({"ociVersion": "1.1.0", "linux": {"namespaces": [{"type": "network"}, {"type": "ipc"}]}});
+        let network = json!({"type": "network", "path": "/var/run/netns/x"});
+        let spec = json!({"ociVersion": "1.1.0", "linux": {"namespaces": [network, {"type": "ipc"}]}});
         assert_eq!(SandboxSpec::of_task(&task(spec.clone()), Role::Single).expect("reads").hostname, "web");
         assert_eq!(SandboxSpec::of_task(&task(spec), Role::Sandbox).expect("reads").hostname, "");
     }
@@ -203,6 +208,14 @@ mod tests {
         let mut asked = told.clone();
         asked["linux"]["namespaces"] = json!([network, {"type": "ipc"}]);
         assert_eq!(SandboxSpec::of_task(&task(asked), Role::Sandbox).expect("reads").to_oci(), told);
+    }
+
+    #[test]
+    fn a_pod_whose_network_comes_after_it_is_refused_and_a_lone_container_may_have_none() {
+        let spec = json!({"ociVersion": "1.1.0", "linux": {"namespaces": [{"type": "ipc"}, {"type": "network"}]}});
+        let said = SandboxSpec::of_task(&task(spec.clone()), Role::Sandbox).expect_err("is refused");
+        assert_eq!(said.to_string(), network::late_network_refused().to_string());
+        assert_eq!(SandboxSpec::of_task(&task(spec), Role::Single).expect("reads").netns, None);
     }
 
     #[test]

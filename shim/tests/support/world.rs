@@ -152,7 +152,7 @@ impl World {
             spec: json!({
                 "ociVersion": "1.1.0",
                 "annotations": {"io.kubernetes.cri.container-type": "sandbox"},
-                "linux": {"namespaces": [{"type": "network"}, {"type": "ipc"}]}
+                "linux": {"namespaces": [{"type": "network", "path": "/proc/self/ns/net"}, {"type": "ipc"}]}
             }),
             options: None,
         }

@@ -275,12 +275,12 @@ impl Driver {
         }
     }
 
-    /// A pid that leads elsewhere misleads who debugs, and nobody else.
+    /// A pid that leads elsewhere misleads who goes by it; the container is none the worse.
     fn enter_network(&mut self, id: &ContainerId) {
         let Holding::Pod(pod) = &self.holding else { return };
-        let (Some(netns), Some(container)) = (pod.netns(), self.containers.get_mut(id)) else { return };
-        if let Err(error) = container.init.enter_network(netns) {
-            tracing::debug!(container_id = %id, error = %format_args!("{error:#}"), "its pid is not in the pod's network");
+        let Some(container) = self.containers.get_mut(id) else { return };
+        if let Err(error) = container.init.enter_network(pod.netns()) {
+            tracing::warn!(container_id = %id, error = %format_args!("{error:#}"), "its pid is not in the pod's network");
         }
     }
 
