@@ -24,14 +24,21 @@ const ROWS: &[Row] = &[
     Row::alone(
         "a root file system in an image file is mounted where the container runs, and keeps what is written",
         lone,
-    ),
-    Row::alone("disks come and go with the containers of a pod that lives on", in_a_pod).only(&[Runtime::Bulkhead]),
+    )
+    .releases(SINCE_1_7),
+    Row::alone("disks come and go with the containers of a pod that lives on", in_a_pod)
+        .only(&[Runtime::Bulkhead])
+        .releases(SINCE_1_7),
     Row::alone("a guest that mounts the share itself finds nothing of containers that are gone", share_forgets)
-        .only(&[Runtime::Bulkhead]),
+        .only(&[Runtime::Bulkhead])
+        .releases(SINCE_1_7),
 ];
 
+/// 1.6 has no blockfile snapshotter.
+const SINCE_1_7: &[Version] = &[Version::V1_7, Version::V2_4];
+
 fn main() -> ExitCode {
-    suite::run(&[Version::V1_7, Version::V2_4], &[Runtime::Runc, Runtime::Bulkhead], ROWS)
+    suite::run(SINCE_1_7, &[Runtime::Runc, Runtime::Bulkhead], ROWS)
 }
 
 const SOON: Duration = Duration::from_secs(20);
