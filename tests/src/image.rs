@@ -26,7 +26,9 @@ const BUSYBOX_PATH: &str = "/bin/busybox";
 pub struct Image {
     /// The whole reference, with its tag.
     pub name: String,
-    /// The command that runs unless a container says otherwise.
+    /// `ENTRYPOINT`: what a container's arguments are appended to; empty for none.
+    pub entrypoint: Vec<String>,
+    /// `CMD`: what runs, or the entrypoint's arguments if there is one, unless a container says otherwise.
     pub command: Vec<String>,
     /// `USER` of the image; empty for root.
     pub user: String,
@@ -34,16 +36,37 @@ pub struct Image {
     pub layers: Vec<Arc<Vec<u8>>>,
 }
 
+impl Image {
+    /// An image without an entrypoint, for root.
+    pub fn new(name: &str, command: &[&str], layers: &[Arc<Vec<u8>>]) -> Self {
+        Self {
+            name: name.to_owned(),
+            entrypoint: Vec::new(),
+            command: command.iter().map(|word| (*word).to_owned()).collect(),
+            user: String::new(),
+            layers: layers.to_vec(),
+        }
+    }
+
+    /// Sets the entrypoint to one program.
+    #[must_use]
+    pub fn entrypoint(mut self, program: &str) -> Self {
+        self.entrypoint = vec![program.to_owned()];
+        self
+    }
+
+    /// Sets the user.
+    #[must_use]
+    pub fn user(mut self, user: &str) -> Self {
+        user.clone_into(&mut self.user);
+        self
+    }
+}
+
 /// The images of nearly every test: [`BUSYBOX`] and [`PAUSE`].
 pub fn common() -> Result<Vec<Image>> {
-    let layer = Arc::new(busybox()?.finish()?);
-    let image = |name: &str, command: &[&str]| Image {
-        name: name.to_owned(),
-        command: command.iter().map(|word| (*word).to_owned()).collect(),
-        user: String::new(),
-        layers: vec![Arc::clone(&layer)],
-    };
-    Ok(vec![image(BUSYBOX, &["/bin/sh"]), image(PAUSE, &["/bin/tail", "-f", "/dev/null"])])
+    let layers = [Arc::new(busybox()?.finish()?)];
+    Ok(vec![Image::new(BUSYBOX, &["/bin/sh"], &layers), Image::new(PAUSE, &["/bin/tail", "-f", "/dev/null"], &layers)])
 }
 
 /// Writes an archive with `images` to `path`.
@@ -56,8 +79,8 @@ pub fn write_archive(path: &Path, images: &[Image]) -> Result<()> {
         let config = blob(&json!({
             "architecture": "amd64", "os": "linux",
             "config": {
-                "Env": ["PATH=/usr/local/bin:/usr/bin:/bin:/sbin"], "Cmd": image.command, "WorkingDir": "/",
-                "User": image.user,
+                "Env": ["PATH=/usr/local/bin:/usr/bin:/bin:/sbin"], "Entrypoint": image.entrypoint,
+                "Cmd": image.command, "WorkingDir": "/", "User": image.user,
             },
             "rootfs": {"type": "layers", "diff_ids": layers},
             "history": layers.iter().map(|_| json!({"created_by": "bulkhead-tests"})).collect::<Vec<_>>(),

@@ -18,6 +18,7 @@ pub mod ctr;
 pub mod faults;
 pub mod figure;
 pub mod floor;
+pub mod ginkgo;
 pub mod grpc;
 pub mod image;
 pub mod leaks;

@@ -12,7 +12,8 @@ use std::process::ExitCode;
 
 use anyhow::{Result, ensure};
 use bulkhead_tests::containerd::{CRI_NAMESPACE, Node};
-use bulkhead_tests::critest::{self, report::Report, sample, verdict};
+use bulkhead_tests::critest::{self, sample};
+use bulkhead_tests::ginkgo::{report::Report, tell};
 use bulkhead_tests::leaks;
 use bulkhead_tests::row::{ALL, Runtime};
 use bulkhead_tests::suite;
@@ -24,7 +25,9 @@ fn main() -> ExitCode {
     let runtimes = suite::wanted_runtimes(ALL);
     let focus = if is_sample { sample::focus() } else { arguments.join("|") };
     let focus = (!focus.is_empty()).then_some(focus);
-    match run_suites(&runtimes, focus.as_deref()).map(|reports| tell(&reports) && (!is_sample || is_whole(&reports))) {
+    let good = run_suites(&runtimes, focus.as_deref())
+        .map(|reports| tell("critest", &reports, &critest::INHERENT) && (!is_sample || is_whole(&reports)));
+    match good {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
@@ -66,30 +69,6 @@ fn run_on(node: &Node, runtimes: &[Runtime], focus: Option<&str>, directory: &Pa
         reports.push((runtime, report));
     }
     Ok(reports)
-}
-
-/// Prints what came out; whether it is good.
-fn tell(reports: &[(Runtime, Report)]) -> bool {
-    let measure = reports.iter().find(|(runtime, _)| *runtime == Runtime::Runc).map(|(_, report)| report);
-    let mut good = true;
-    for (runtime, report) in reports {
-        let measure = measure.filter(|_| *runtime != Runtime::Runc);
-        println!("\nwith {}:", runtime.name());
-        let findings = verdict::findings(report, measure);
-        for finding in &findings {
-            println!("  {}", finding.line);
-        }
-        if let Some(measure) = measure {
-            let differences = verdict::differences((Runtime::Runc.name(), runtime.name()), (measure, report));
-            println!("differences: {}", if differences.is_empty() { "none\n" } else { "" });
-            print!("{differences}");
-        }
-        // What runc does not pass is nobody's to mend here.
-        good &= !runtime.is_bulkhead() || !findings.iter().any(|finding| finding.ours);
-    }
-    let counted: Vec<_> = reports.iter().map(|(runtime, report)| (runtime.name(), report)).collect();
-    print!("\n{}", verdict::counts(&counted));
-    good
 }
 
 /// Whether each report of the sample has all of it.

@@ -1,6 +1,6 @@
 //! The specs that are run with every change: of each matter the one that breaks first, in a few minutes under TCG. Pure.
 
-use crate::critest::report::Report;
+use crate::ginkgo::report::Report;
 
 /// Regular expressions of ginkgo's on the names of specs, by matter.
 const SAMPLE: [&str; 24] = [
@@ -51,7 +51,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     use super::*;
-    use crate::critest::report::Outcome;
+    use crate::ginkgo::report::Outcome;
 
     #[test]
     fn a_sample_that_lost_a_spec_is_not_whole() {

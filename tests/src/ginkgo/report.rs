@@ -1,4 +1,4 @@
-//! What a run of critest said: ginkgo's report in JSON, as far as it matters here. Pure.
+//! What a run of a suite said: ginkgo's report in JSON, as far as it matters here. Pure.
 //!
 //! <https://pkg.go.dev/github.com/onsi/ginkgo/v2/types#Report>
 
@@ -28,6 +28,8 @@ pub struct Report {
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
 struct Suite {
+    /// Why the suite failed as a whole: it took too long, say, and specs were left out.
+    special_suite_failure_reasons: Option<Vec<String>>,
     spec_reports: Option<Vec<Spec>>,
 }
 
@@ -50,10 +52,17 @@ struct Failure {
 }
 
 impl Report {
-    /// Reads a report. A set-up of the whole suite that failed counts as a spec.
+    /// Reads a report. A set-up of the whole suite that failed counts as a spec, and so does the suite if it failed as
+    /// a whole.
     pub fn parse(json: &[u8]) -> Result<Self> {
-        let suites: Vec<Suite> = serde_json::from_slice(json).context("parse critest's report")?;
+        let suites: Vec<Suite> = serde_json::from_slice(json).context("parse the suite's report")?;
         let mut specs = BTreeMap::new();
+        for suite in &suites {
+            let reasons = suite.special_suite_failure_reasons.as_deref().unwrap_or_default();
+            if !reasons.is_empty() {
+                specs.insert("the suite".to_owned(), Outcome::Failed(one_line(&reasons.join("; "))));
+            }
+        }
         for spec in suites.into_iter().flat_map(|suite| suite.spec_reports.unwrap_or_default()) {
             let mut name = spec.container_hierarchy_texts.unwrap_or_default();
             name.push(if spec.leaf_node_text.is_empty() { spec.leaf_node_type.clone() } else { spec.leaf_node_text });
@@ -67,19 +76,22 @@ impl Report {
                 specs.insert(name.join(" "), outcome);
             }
         }
-        ensure!(!specs.is_empty(), "critest's report has no specs");
+        ensure!(!specs.is_empty(), "the suite's report has no specs");
         Ok(Self { specs })
     }
 
-    /// Settles the specs that were skipped without a reason: those `chosen` by name stay, skipped for `reason`; the others
-    /// were not asked for (not in the focus, or benchmarks) and go.
+    /// Settles the specs that were skipped without a reason: those that `reason` has one for, by their names, stay with
+    /// it; the others were not asked for (not in the focus, or benchmarks) and go.
     #[must_use]
-    pub fn settle(mut self, chosen: impl Fn(&str) -> bool, reason: &str) -> Self {
+    pub fn settle(mut self, reason: impl Fn(&str) -> Option<&'static str>) -> Self {
         let unsettled = Outcome::Skipped(String::new());
-        self.specs.retain(|name, outcome| *outcome != unsettled || chosen(name));
-        for outcome in self.specs.values_mut().filter(|outcome| **outcome == unsettled) {
-            *outcome = Outcome::Skipped(reason.to_owned());
-        }
+        self.specs.retain(|name, outcome| {
+            if *outcome == unsettled {
+                let Some(reason) = reason(name) else { return false };
+                *outcome = Outcome::Skipped(reason.to_owned());
+            }
+            true
+        });
         self
     }
 
@@ -128,7 +140,7 @@ mod tests {
     #[test]
     fn each_spec_has_its_outcome_and_reason() {
         let report = Report::parse(JSON.as_bytes()).expect("parses");
-        let report = report.settle(|name| name.contains("Image"), "offline");
+        let report = report.settle(|name| name.contains("Image").then_some("offline"));
         let all: Vec<_> = report.specs.iter().map(|(name, outcome)| (name.as_str(), outcome.clone())).collect();
         assert_eq!(
             all,
@@ -148,6 +160,13 @@ mod tests {
         let json = r#"[{"SpecReports": [{"LeafNodeType": "BeforeSuite", "State": "panicked", "Failure": {"Message": "no socket"}}]}]"#;
         let report = Report::parse(json.as_bytes()).expect("parses");
         assert_eq!(report.specs["BeforeSuite"], Outcome::Failed("no socket".into()));
+    }
+
+    #[test]
+    fn a_suite_that_ran_out_of_time_is_not_passed_over() {
+        let json = r#"[{"SpecialSuiteFailureReasons": ["Suite Timeout Elapsed"], "SpecReports": null}]"#;
+        let report = Report::parse(json.as_bytes()).expect("parses");
+        assert_eq!(report.specs["the suite"], Outcome::Failed("Suite Timeout Elapsed".into()));
     }
 
     #[test]

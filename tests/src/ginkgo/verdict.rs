@@ -2,18 +2,10 @@
 
 use std::fmt::Write as _;
 
-use crate::critest::report::{Outcome, Report};
+use crate::ginkgo::report::{Outcome, Report};
 
-/// Ends of the names of specs that no microVM passes, and why.
-pub const INHERENT: [(&str, &str); 4] = [
-    ("runtime should support HostIpc is true", "a VM has no place in the host's IPC namespace"),
-    ("runtime should support HostNetwork is true", "a VM has no place in the host's network namespace"),
-    ("runtime should support portforward in host network", "a VM has no place in the host's network namespace"),
-    (
-        "mount with 'rshared' should support propagation from host to container and vice versa",
-        "mounts that a guest makes do not reach the host",
-    ),
-];
+/// The end of the names of specs that no microVM passes, and why.
+pub type Inherent = (&'static str, &'static str);
 
 /// A spec that did not pass.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,25 +18,42 @@ pub struct Finding<'a> {
     pub ours: bool,
 }
 
-/// What `report` has that did not pass: failures first. `measure` is what the other runtime said, if it was asked.
-pub fn findings<'a>(report: &'a Report, measure: Option<&Report>) -> Vec<Finding<'a>> {
-    let mut findings = Vec::new();
-    for (name, outcome) in &report.specs {
-        let Outcome::Failed(reason) = outcome else { continue };
-        let inherent = INHERENT.iter().find(|(end, _)| name.ends_with(end)).map(|(_, why)| *why);
-        let other = measure.and_then(|measure| measure.specs.get(name));
-        let (whose, ours) = match (inherent, other) {
+/// What `report` has that did not pass: failures first, then what was skipped, then what is not there at all. `measure`
+/// is what the other runtime said, if it was asked; `inherent` is nobody's to mend.
+pub fn findings<'a>(report: &'a Report, measure: Option<&'a Report>, inherent: &[Inherent]) -> Vec<Finding<'a>> {
+    let measured = |name: &str| measure.and_then(|measure| measure.specs.get(name));
+    let judge = |name: &str| {
+        let why = inherent.iter().find(|(end, _)| name.ends_with(end)).map(|(_, why)| *why);
+        match (why, measured(name)) {
             (Some(why), _) => (format!("inherent, {why}"), false),
             (None, Some(Outcome::Failed(_))) => ("the measure fails as well".to_owned(), false),
             (None, Some(Outcome::Skipped(_))) => ("the measure skips it".to_owned(), true),
             (None, Some(Outcome::Passed)) => ("the measure passes".to_owned(), true),
             (None, None) => ("not measured".to_owned(), true),
-        };
-        findings.push(Finding { name, line: format!("failed   {name} ({whose}): {reason}"), ours });
+        }
+    };
+    let mut findings = Vec::new();
+    for (name, outcome) in &report.specs {
+        if let Outcome::Failed(reason) = outcome {
+            let (whose, ours) = judge(name);
+            findings.push(Finding { name, line: format!("failed   {name} ({whose}): {reason}"), ours });
+        }
     }
     for (name, outcome) in &report.specs {
-        if let Outcome::Skipped(reason) = outcome {
-            findings.push(Finding { name, line: format!("skipped  {name}: {reason}"), ours: false });
+        let Outcome::Skipped(reason) = outcome else { continue };
+        // What the measure does not run either is not missed.
+        let (whose, ours) = if measured(name) == Some(&Outcome::Passed) {
+            let (whose, ours) = judge(name);
+            (format!(" ({whose})"), ours)
+        } else {
+            (String::new(), false)
+        };
+        findings.push(Finding { name, line: format!("skipped  {name}{whose}: {reason}"), ours });
+    }
+    for (name, outcome) in measure.into_iter().flat_map(|measure| &measure.specs) {
+        if *outcome == Outcome::Passed && !report.specs.contains_key(name) {
+            let (whose, ours) = judge(name);
+            findings.push(Finding { name, line: format!("absent   {name} ({whose})"), ours });
         }
     }
     findings
@@ -69,9 +78,9 @@ pub fn differences(names: (&str, &str), reports: (&Report, &Report)) -> String {
     text
 }
 
-/// The numbers of several runtimes' reports side by side, one line for each below a heading.
-pub fn counts(reports: &[(&str, &Report)]) -> String {
-    let mut text = format!("{:<16} {:>7} {:>7} {:>7}\n", "critest", "passed", "failed", "skipped");
+/// The numbers of several runtimes' reports side by side, one line for each below a heading with the name of the suite.
+pub fn counts(suite: &str, reports: &[(&str, &Report)]) -> String {
+    let mut text = format!("{suite:<16} {:>7} {:>7} {:>7}\n", "passed", "failed", "skipped");
     for (name, report) in reports {
         let (passed, failed, skipped) = report.counts();
         // Writing to a String cannot fail.
@@ -95,6 +104,7 @@ mod tests {
     #[test]
     fn only_what_the_measure_does_better_is_ours() {
         let host_ipc = "[k8s.io] Security Context NamespaceOption runtime should support HostIpc is true";
+        let inherent = [("should support HostIpc is true", "it is the host's")];
         let ours = report(&[
             ("a", failed()),
             ("b", failed()),
@@ -103,7 +113,7 @@ mod tests {
             (host_ipc, failed()),
         ]);
         let measure = report(&[("a", Outcome::Passed), ("b", failed()), (host_ipc, Outcome::Passed)]);
-        let findings = findings(&ours, Some(&measure));
+        let findings = findings(&ours, Some(&measure), &inherent);
         let told: Vec<_> = findings.iter().map(|finding| (finding.name, finding.ours)).collect();
         assert_eq!(told, [(host_ipc, false), ("a", true), ("b", false), ("d", false)]);
         assert_eq!(findings[1].line, "failed   a (the measure passes): it broke");
@@ -113,7 +123,18 @@ mod tests {
     #[test]
     fn without_a_measure_every_failure_is_ours() {
         let ours = report(&[("a", failed())]);
-        assert!(findings(&ours, None)[0].ours);
+        assert!(findings(&ours, None, &[])[0].ours);
+    }
+
+    #[test]
+    fn what_only_the_measure_runs_is_ours() {
+        let ours = report(&[("a", Outcome::Passed), ("b", Outcome::Skipped("no such thing".into()))]);
+        let measure =
+            report(&[("a", Outcome::Passed), ("b", Outcome::Passed), ("c", Outcome::Passed), ("d", failed())]);
+        let findings = findings(&ours, Some(&measure), &[]);
+        let lines: Vec<_> = findings.iter().map(|finding| finding.line.as_str()).collect();
+        assert_eq!(lines, ["skipped  b (the measure passes): no such thing", "absent   c (the measure passes)"]);
+        assert!(findings.iter().all(|finding| finding.ours));
     }
 
     #[test]
@@ -121,7 +142,7 @@ mod tests {
         let one = report(&[("a", Outcome::Passed), ("b", Outcome::Passed)]);
         let other = report(&[("a", failed()), ("b", Outcome::Skipped(String::new()))]);
         assert_eq!(
-            counts(&[("runc", &one), ("bulkhead-sandbox", &other)]),
+            counts("critest", &[("runc", &one), ("bulkhead-sandbox", &other)]),
             "critest           passed  failed skipped\n\
              runc                   2       0       0\n\
              bulkhead-sandbox       0       1       1\n"
