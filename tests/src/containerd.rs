@@ -95,24 +95,7 @@ impl Node {
             fs::create_dir(&path).with_context(|| format!("make {}", path.display()))?;
         }
         if let Some(bulkhead) = bulkhead {
-            let programs = [
-                ("containerd-shim-bulkhead-v2", &bulkhead.shim),
-                ("bulkhead", &bulkhead.cli),
-                ("vmlinux", &bulkhead.kernel),
-                ("initramfs", &bulkhead.initramfs),
-                ("qemu-system-x86_64", &bulkhead.qemu),
-                ("virtiofsd", &bulkhead.virtiofsd),
-                ("bulkhead-vsock", &bulkhead.vsock_helper),
-            ];
-            for (link, target) in programs {
-                let path = layout.program(link);
-                if ["virtiofsd", "bulkhead-vsock"].contains(&link) {
-                    // Pods run these as other users, who cannot reach into the home of root's where they were built.
-                    fs::copy(target, &path).with_context(|| format!("copy {}", target.display()))?;
-                } else {
-                    std::os::unix::fs::symlink(target, &path).with_context(|| format!("link {}", path.display()))?;
-                }
-            }
+            bulkhead.link_into(&layout.root.join("bin"))?;
         }
         let network = Network::configure(&name, &layout.root.join("cni"))?;
         let cgroups = Subtree::new(&name)?;

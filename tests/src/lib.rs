@@ -8,6 +8,7 @@
 //! Nothing here knows how the shim works inside, except [`faults`], which has to find its processes to kill them.
 
 pub mod cgroup;
+pub mod cluster;
 pub mod command;
 pub mod config;
 pub mod container;

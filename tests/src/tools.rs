@@ -4,6 +4,8 @@
 //! are looked through.
 
 use std::fmt;
+use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -92,6 +94,14 @@ pub fn nginx() -> Result<PathBuf> {
     found.with_context(|| format!("no nginx in {candidates:?}: run make setup"))
 }
 
+/// Finds a program of Kubernetes, or of what its node runs beside it (`etcd`, `coredns`, `agnhost`, `e2e.test`, ...).
+pub fn kubernetes(program: &str) -> Result<PathBuf> {
+    let candidates: Vec<_> =
+        tool_directories().into_iter().map(|directory| directory.join("kubernetes/bin").join(program)).collect();
+    let found = candidates.iter().find(|path| path.is_file()).cloned();
+    found.with_context(|| format!("none of {candidates:?} exists: run make setup-kubernetes"))
+}
+
 /// Finds `runc`.
 pub fn runc() -> Result<PathBuf> {
     find("BULKHEAD_RUNC", ["/usr/sbin/runc", "/usr/bin/runc"].map(PathBuf::from)).context("runc: run make setup")
@@ -142,6 +152,28 @@ impl BulkheadTools {
             vsock_helper: find("BULKHEAD_VSOCK", built.iter().map(|d| d.join("bulkhead-vsock")))
                 .context("the vsock helper: run make build")?,
         })
+    }
+
+    /// Names everything in `directory`, as a node's own installation would have it.
+    pub fn link_into(&self, directory: &Path) -> Result<()> {
+        for (name, target) in [
+            ("containerd-shim-bulkhead-v2", &self.shim),
+            ("bulkhead", &self.cli),
+            ("vmlinux", &self.kernel),
+            ("initramfs", &self.initramfs),
+            ("qemu-system-x86_64", &self.qemu),
+            ("virtiofsd", &self.virtiofsd),
+            ("bulkhead-vsock", &self.vsock_helper),
+        ] {
+            let path = directory.join(name);
+            if ["virtiofsd", "bulkhead-vsock"].contains(&name) {
+                // Pods run these as other users, who cannot reach into the home of root's where they were built.
+                fs::copy(target, &path).with_context(|| format!("copy {}", target.display()))?;
+            } else {
+                symlink(target, &path).with_context(|| format!("link {}", path.display()))?;
+            }
+        }
+        Ok(())
     }
 }
 
