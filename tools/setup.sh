@@ -5,6 +5,8 @@
 # virtiofsd from crates.io, crictl, critest, nerdctl and two containerds from the Go modules under tests/tools.
 # What is built lands under $BULKHEAD_CACHE/tools/NAME-VERSION, with a link NAME beside it
 # and the programs themselves linked into tools/bin; a second run takes seconds.
+# `setup.sh kubernetes` adds a Kubernetes of one node and its end-to-end suite, which only `make cluster-up`, `make test-k8s`
+# and `make conformance` want.
 set -euo pipefail
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -21,10 +23,16 @@ packages=(
     e2fsprogs flex iproute2 iptables kmod libcap-ng-dev libelf-dev libseccomp-dev libssl-dev nftables pkg-config
     procps qemu-system-x86 runc util-linux xz-utils
 )
+# What the images of Kubernetes' suite have in them, and what makes a cluster's certificates.
+kubernetes_packages=(bind9-dnsutils hostname netcat-openbsd openssl wget)
 
 say() { printf 'setup: %s\n' "$*"; }
 die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 steps=10
+if [[ ${1-} == kubernetes ]]; then
+    steps=11
+    packages+=("${kubernetes_packages[@]}")
+fi
 step=0
 next() { step=$((step + 1)); say "[$step/$steps, ${SECONDS}s] $*"; }
 
@@ -224,6 +232,37 @@ setup_nginx() {
     current "nginx-$version" nginx
 }
 
+# The node of `make cluster-up`. The servers tell the version that is linked into them; without it they call themselves v0.0.0.
+setup_kubernetes() {
+    local directory=$repository/tests/tools/kubernetes version name package flags
+    version=$(sed -n 's|^\s*\(require \)\?k8s.io/kubernetes v||p' "$directory/go.mod")
+    [[ -n $version ]] || die "$directory/go.mod does not name k8s.io/kubernetes"
+    # The other modules of the file, etcd and CoreDNS among them, have versions of their own.
+    name=kubernetes-$version-$(sha256sum "$directory/go.mod" | cut -c1-12)
+    next "Kubernetes $version, its suite, etcd and CoreDNS"
+    if present "$name" kubernetes; then return; fi
+    flags="-s -w -X k8s.io/component-base/version.gitVersion=v$version"
+    flags+=" -X k8s.io/component-base/version.gitMajor=${version%%.*}"
+    flags+=" -X k8s.io/component-base/version.gitMinor=$(cut -d. -f2 <<<"$version")"
+    flags+=" -X k8s.io/component-base/version.gitCommit=unknown -X k8s.io/component-base/version.buildDate=1970-01-01T00:00:00Z"
+    rm -rf "$tools/$name.new"
+    mkdir -p "$tools/$name.new/bin"
+    for package in k8s.io/kubernetes/cmd/{kube-apiserver,kube-controller-manager,kube-scheduler,kube-proxy,kubelet,kubectl} \
+        k8s.io/kubernetes/test/images/{agnhost,nonewprivs,regression-issue-74839} k8s.io/sample-apiserver \
+        github.com/onsi/ginkgo/v2/ginkgo github.com/coredns/coredns go.etcd.io/etcd/server/v3; do
+        local program=${package##*/}
+        [[ $program != v3 ]] || program=etcd
+        say "    $program"
+        quietly "$cache/kubernetes.log" env -C "$directory" go build -trimpath -ldflags "$flags" \
+            -o "$tools/$name.new/bin/$program" "$package"
+    done
+    say "    e2e.test"
+    quietly "$cache/kubernetes.log" env -C "$directory" go test -c -trimpath -ldflags "$flags" \
+        -o "$tools/$name.new/bin/e2e.test" k8s.io/kubernetes/test/e2e
+    publish "$name" kubernetes
+}
+
+[[ ${1-} =~ ^(kubernetes)?$ ]] || die "there is nothing called $1 to set up: kubernetes, or nothing, is accepted"
 [[ $(uname -s)-$(uname -m) == Linux-x86_64 ]] || die "this is $(uname -s) on $(uname -m): only Linux on x86_64 is supported"
 command -v apt-get >/dev/null || die "apt-get was not found: Debian 12 or newer, or Ubuntu, is needed"
 ((EUID == 0)) || die "run as root: packages are installed, and everything that follows mounts and makes namespaces"
@@ -242,4 +281,5 @@ setup_go_module containerd-1.7 containerd github.com/containerd/containerd \
     cmd/containerd cmd/ctr cmd/containerd-shim-runc-v2
 setup_go_module containerd-2.4 containerd github.com/containerd/containerd/v2 \
     cmd/containerd cmd/ctr cmd/containerd-shim-runc-v2
+[[ ${1-} != kubernetes ]] || setup_kubernetes
 say "done after ${SECONDS}s; tools are in $tools"

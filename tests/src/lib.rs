@@ -11,6 +11,7 @@ pub mod cgroup;
 pub mod cluster;
 pub mod command;
 pub mod config;
+pub mod conformance;
 pub mod container;
 pub mod containerd;
 pub mod cri;
