@@ -37,7 +37,8 @@ fn up() -> Result<()> {
     println!("\nTo use it:\n\n  {}\n", environment(&cluster));
     println!(
         "  kubectl run hello --image={BUSYBOX} --overrides='{{\"spec\": {{\"runtimeClassName\": \"bulkhead\"}}}}' \\\n    \
-         --restart=Never --attach --rm --quiet -- uname -a\n"
+         --restart=Never -- uname -a\n  \
+         kubectl wait pod/hello --for=jsonpath='{{.status.phase}}'=Succeeded && kubectl logs hello\n"
     );
     Ok(())
 }
