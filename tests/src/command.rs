@@ -320,7 +320,12 @@ pub fn pause(duration: Duration) {
 /// Calls `probe` until it returns a value, or fails with what it said last.
 ///
 /// `what` completes the sentence "waited N s for ...".
-pub fn wait_for<T>(what: &str, deadline: Duration, mut probe: impl FnMut() -> Result<T>) -> Result<T> {
+pub fn wait_for<T>(what: &str, deadline: Duration, probe: impl FnMut() -> Result<T>) -> Result<T> {
+    wait_at(Duration::from_millis(20), what, deadline, probe)
+}
+
+/// [`wait_for`] with another time between two calls, for what costs more to ask.
+pub fn wait_at<T>(pace: Duration, what: &str, deadline: Duration, mut probe: impl FnMut() -> Result<T>) -> Result<T> {
     let end = Instant::now() + deadline;
     loop {
         match probe() {
@@ -328,7 +333,7 @@ pub fn wait_for<T>(what: &str, deadline: Duration, mut probe: impl FnMut() -> Re
             Err(error) if Instant::now() >= end => {
                 return Err(error.context(format!("waited {:.1} s for {what}", deadline.as_secs_f32())));
             }
-            Err(_) => pause(Duration::from_millis(20)),
+            Err(_) => pause(pace),
         }
     }
 }

@@ -74,7 +74,8 @@ fn wanted(named: Option<&[String]>, name: &str) -> bool {
     named.is_none_or(|named| named.iter().any(|entry| entry == name))
 }
 
-fn trial(name: String, test: impl FnOnce() -> Result<()> + Send + 'static) -> Trial {
+/// A trial that tells how long it took.
+pub(crate) fn trial(name: String, test: impl FnOnce() -> Result<()> + Send + 'static) -> Trial {
     Trial::test(name, move || {
         let started = Instant::now();
         let result = test();
@@ -83,7 +84,8 @@ fn trial(name: String, test: impl FnOnce() -> Result<()> + Send + 'static) -> Tr
     })
 }
 
-fn on(stage: &Mutex<Stage>, action: impl FnOnce(&mut Stage) -> Result<()>) -> Result<()> {
+/// Does something with what trials share, also after one that panicked.
+pub(crate) fn on<T>(stage: &Mutex<T>, action: impl FnOnce(&mut T) -> Result<()>) -> Result<()> {
     action(&mut stage.lock().unwrap_or_else(PoisonError::into_inner))
 }
 

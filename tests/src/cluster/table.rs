@@ -6,17 +6,17 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use anyhow::{Result, anyhow, bail, ensure};
-use libtest_mimic::{Arguments, Failed, Trial};
+use libtest_mimic::Arguments;
 
 use crate::cluster::leaks;
 use crate::cluster::user::{User, wait_for};
 use crate::cluster::{self, Cluster, Settings};
 use crate::row::Runtime;
-use crate::suite;
+use crate::suite::{self, on, trial};
 
 /// One promise to users.
 #[derive(Debug, Clone, Copy)]
@@ -73,19 +73,6 @@ pub fn run(rows: impl IntoIterator<Item = Row>) -> ExitCode {
         return ExitCode::from(101);
     }
     conclusion.exit_code()
-}
-
-fn trial(name: String, test: impl FnOnce() -> Result<()> + Send + 'static) -> Trial {
-    Trial::test(name, move || {
-        let started = Instant::now();
-        let result = test();
-        print!("{:.1} s ", started.elapsed().as_secs_f32());
-        result.map_err(|error| Failed::from(format!("{error:#}")))
-    })
-}
-
-fn on(stage: &Mutex<Stage>, action: impl FnOnce(&mut Stage) -> Result<()>) -> Result<()> {
-    action(&mut stage.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
 #[derive(Debug, Default)]

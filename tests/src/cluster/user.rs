@@ -2,13 +2,13 @@
 
 use std::fmt::Write as _;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::{Value, json};
 
 use crate::cluster::Cluster;
-use crate::command::{Run, pause};
+use crate::command::{Run, wait_at};
 use crate::row::Runtime;
 
 /// How long a pod may take to become ready or to end, unless a row says otherwise: an emulated guest boots in two to five
@@ -213,15 +213,6 @@ pub fn container_status(pod: &Value, container: &str) -> Result<Value> {
 }
 
 /// [`crate::command::wait_for`] at a pace that suits `kubectl`.
-pub fn wait_for<T>(what: &str, deadline: Duration, mut probe: impl FnMut() -> Result<T>) -> Result<T> {
-    let end = Instant::now() + deadline;
-    loop {
-        match probe() {
-            Ok(value) => return Ok(value),
-            Err(error) if Instant::now() >= end => {
-                return Err(error.context(format!("waited {:.1} s for {what}", deadline.as_secs_f32())));
-            }
-            Err(_) => pause(PACE),
-        }
-    }
+pub fn wait_for<T>(what: &str, deadline: Duration, probe: impl FnMut() -> Result<T>) -> Result<T> {
+    wait_at(PACE, what, deadline, probe)
 }

@@ -60,12 +60,12 @@ pub fn ended(pod: &Value, container: &str) -> Result<(i64, String)> {
 
 fn init(user: &User) -> Result<()> {
     let step = |name: &str, text: &str| {
-        with(script(name, text), json!({"volumeMounts": [{"name": "work", "mountPath": "/work"}]}))
+        with(script(name, text), json!({"volumeMounts": [{"name": "work", "mountPath": "/scratch"}]}))
     };
     // Were they to run side by side, the first would come last.
-    let first = step("first", "sleep 1; echo first >> /work/list");
-    let second = step("second", "echo second >> /work/list");
-    let main = step("main", "echo main >> /work/list; cat /work/list");
+    let first = step("first", "sleep 1; echo first >> /scratch/list");
+    let second = step("second", "echo second >> /scratch/list");
+    let main = step("main", "echo main >> /scratch/list; cat /scratch/list");
     let spec = |init: &[Value], main: Value| {
         let volumes = json!([{"name": "work", "emptyDir": {}}]);
         json!({"restartPolicy": "Never", "volumes": volumes, "initContainers": init, "containers": [main]})
@@ -219,8 +219,8 @@ fn exits(user: &User) -> Result<()> {
 
 fn restarts(user: &User) -> Result<()> {
     let second_try = with(
-        script("main", "test -e /work/tried && exit 0; touch /work/tried; exit 5"),
-        json!({"volumeMounts": [{"name": "work", "mountPath": "/work"}]}),
+        script("main", "test -e /scratch/tried && exit 0; touch /scratch/tried; exit 5"),
+        json!({"volumeMounts": [{"name": "work", "mountPath": "/scratch"}]}),
     );
     let work = json!([{"name": "work", "emptyDir": {}}]);
     user.pod("always", json!({"containers": [script("main", "exit 4")]}))?;

@@ -32,7 +32,7 @@ pub const ROWS: &[Row] = &[
 /// Runs a script under each security context, side by side in one pod; what each wrote.
 fn outcomes(user: &User, pod: &str, more: Value, containers: &[(&str, Value, &str)]) -> Result<Vec<String>> {
     let container = |(name, context, text): &(&str, Value, &str)| {
-        let mounts = json!([{"name": "work", "mountPath": "/work"}]);
+        let mounts = json!([{"name": "work", "mountPath": "/scratch"}]);
         with(script(name, text), json!({"securityContext": context, "volumeMounts": mounts}))
     };
     let specs: Vec<_> = containers.iter().map(container).collect();
@@ -87,7 +87,7 @@ fn rights(user: &User) -> Result<()> {
         (
             "fixed",
             json!({"readOnlyRootFilesystem": true}),
-            "touch /new 2>&1; touch /work/new && echo written && touch /dev/shm/new && echo shared",
+            "touch /new 2>&1; touch /scratch/new && echo written && touch /dev/shm/new && echo shared",
         ),
         ("mighty", json!({"privileged": true}), try_kernel.as_str()),
     ];
@@ -132,7 +132,7 @@ fn seccomp(user: &User) -> Result<()> {
     let of = |kind: &str| json!({"seccompProfile": {"type": kind}});
     let local = json!({"seccompProfile": {"type": "Localhost", "localhostProfile": profile}});
     let status = "cat /proc/self/status";
-    let change = "chmod 700 /work 2>&1; echo code $?";
+    let change = "chmod 700 /scratch 2>&1; echo code $?";
     let said = outcomes(
         user,
         "filtered",
@@ -141,7 +141,7 @@ fn seccomp(user: &User) -> Result<()> {
     )?;
     ensure!(field(&said[0], "Seccomp")? == "2", "by the runtime's profile: {}", said[0]);
     ensure!(field(&said[1], "Seccomp")? == "0", "without a profile: {}", said[1]);
-    let expected = "chmod: /work: Operation not permitted\ncode 1";
+    let expected = "chmod: /scratch: Operation not permitted\ncode 1";
     ensure!(said[2] == expected, "by the node's profile, which forbids it, chmod said {:?}", said[2]);
     Ok(())
 }
@@ -172,7 +172,7 @@ fn user_namespace(user: &User) -> Result<()> {
     user.apply(&json!({
         "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "settings"}, "data": {"colour": "teal"},
     }))?;
-    let mounts = json!([{"name": "work", "mountPath": "/work"}, {"name": "settings", "mountPath": "/settings"}]);
+    let mounts = json!([{"name": "work", "mountPath": "/scratch"}, {"name": "settings", "mountPath": "/settings"}]);
     let spec = json!({
         "hostUsers": false,
         "volumes": [{"name": "work", "emptyDir": {}}, {"name": "settings", "configMap": {"name": "settings"}}],
@@ -183,11 +183,11 @@ fn user_namespace(user: &User) -> Result<()> {
     let words: Vec<_> = map.split_whitespace().collect();
     let mapped = words.len() == 3 && words[0] == "0" && words[1] != "0" && words[2] == "65536";
     ensure!(mapped, "the namespace's map is {map:?}");
-    let said =
-        user.sh("mapped", "id -u; echo mine > /work/file; stat -c %u /work/file /settings; cat /settings/colour")?;
+    let said = user
+        .sh("mapped", "id -u; echo mine > /scratch/file; stat -c %u /scratch/file /settings; cat /settings/colour")?;
     ensure!(said == "0\n0\n0\nteal", "root, its file, its settings and what they say are {said:?}");
     let uid = pod["metadata"]["uid"].as_str().context("the pod has no uid")?;
-    let volume = format!("kubelet/pods/{uid}/volumes/kubernetes.io~empty-dir/work/file");
+    let volume = format!("kubelet/pods/{uid}/volumes/kubernetes.io~empty-dir/scratch/file");
     let owner = fs::metadata(user.cluster.layout.root.join(volume)).context("look at the volume's file")?.uid();
     ensure!(owner == 0, "outside, the file that its root has written is that of user {owner}");
     let masks = "grep -c ' /proc/' /proc/self/mounts || true";

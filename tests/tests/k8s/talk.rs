@@ -64,9 +64,9 @@ fn noise(length: usize) -> Vec<u8> {
 fn logs(user: &User) -> Result<()> {
     let steady = "for n in 1 2 3; do echo line $n; done; echo a complaint >&2; \
                   until test -e /tmp/go; do sleep 0.2; done; echo line 4";
-    let reborn = "test -e /work/mark && { echo second life; exec sleep 1000000; }; touch /work/mark; \
+    let reborn = "test -e /scratch/mark && { echo second life; exec sleep 1000000; }; touch /scratch/mark; \
                   echo first life; exit 1";
-    let reborn = with(script("reborn", reborn), json!({"volumeMounts": [{"name": "work", "mountPath": "/work"}]}));
+    let reborn = with(script("reborn", reborn), json!({"volumeMounts": [{"name": "work", "mountPath": "/scratch"}]}));
     user.pod(
         "writer",
         json!({

@@ -99,7 +99,7 @@ fn refreshed(user: &User) -> Result<()> {
 
 fn empty_dir(user: &User) -> Result<()> {
     let writer = script("writer", "until test -e /tmp/end; do sleep 0.2; done; exit 1");
-    let writer = with(writer, mounts(json!([{"name": "work", "mountPath": "/work"}])));
+    let writer = with(writer, mounts(json!([{"name": "work", "mountPath": "/scratch"}])));
     let reader = json!({
         "env": [{"name": "POD", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}],
         "volumeMounts": [
@@ -113,11 +113,15 @@ fn empty_dir(user: &User) -> Result<()> {
         "volumes": [{"name": "work", "emptyDir": {}}], "containers": [writer, with(idle("reader"), reader)],
     });
     user.ready_pod("sharing", spec)?;
-    let said =
-        sh_in(user, "sharing", "writer", "touch /work/new; stat -c '%u %g %a' /work; stat -c '%u %g' /work/new")?;
+    let said = sh_in(
+        user,
+        "sharing",
+        "writer",
+        "touch /scratch/new; stat -c '%u %g %a' /scratch; stat -c '%u %g' /scratch/new",
+    )?;
     ensure!(said == "0 2345 2777\n1000 2345", "owners and modes are {said:?}");
     sh_in(user, "sharing", "reader", "echo part > /part/file; echo mine > /mine/file")?;
-    let said = sh_in(user, "sharing", "writer", "cat /work/parts/one/file /work/sharing/log/file")?;
+    let said = sh_in(user, "sharing", "writer", "cat /scratch/parts/one/file /scratch/sharing/log/file")?;
     ensure!(said == "part\nmine", "by the other container's paths, the files are {said:?}");
     let said = sh_in(user, "sharing", "reader", "cat /fixed/parts/one/file; touch /fixed/new 2>&1 || true")?;
     ensure!(said == "part\ntouch: /fixed/new: Read-only file system", "where it is read-only: {said:?}");
@@ -128,7 +132,7 @@ fn empty_dir(user: &User) -> Result<()> {
         ensure!(status["restartCount"] == 1 && status["ready"] == true, "its status is {status}");
         Ok(())
     })?;
-    let said = sh_in(user, "sharing", "writer", "cat /work/parts/one/file; ls /tmp")?;
+    let said = sh_in(user, "sharing", "writer", "cat /scratch/parts/one/file; ls /tmp")?;
     ensure!(said == "part", "after a restart, the volume's file and /tmp are {said:?}");
     Ok(())
 }
