@@ -288,6 +288,8 @@ impl Cluster {
             Ok(())
         })?;
         let name = self.mark().name.clone();
+        // It goes with the namespace of its other end, which lasts while somebody from outside is in it (`nsenter`).
+        Run::new("/sbin/ip").args(["link", "del", &name]).output()?;
         wait_for("the node's link to be gone", Duration::from_secs(20), || {
             ensure!(!Path::new("/sys/class/net").join(&name).exists(), "{name} is there");
             Ok(())

@@ -172,10 +172,10 @@ fn user_namespace(user: &User) -> Result<()> {
     user.apply(&json!({
         "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "settings"}, "data": {"colour": "teal"},
     }))?;
-    let mounts = json!([{"name": "work", "mountPath": "/scratch"}, {"name": "settings", "mountPath": "/settings"}]);
+    let mounts = json!([{"name": "scratch", "mountPath": "/scratch"}, {"name": "settings", "mountPath": "/settings"}]);
     let spec = json!({
         "hostUsers": false,
-        "volumes": [{"name": "work", "emptyDir": {}}, {"name": "settings", "configMap": {"name": "settings"}}],
+        "volumes": [{"name": "scratch", "emptyDir": {}}, {"name": "settings", "configMap": {"name": "settings"}}],
         "containers": [with(idle("main"), json!({"volumeMounts": mounts})), with(idle("unmasked"), unmasked)],
     });
     let pod = user.ready_pod("mapped", spec)?;
@@ -187,7 +187,7 @@ fn user_namespace(user: &User) -> Result<()> {
         .sh("mapped", "id -u; echo mine > /scratch/file; stat -c %u /scratch/file /settings; cat /settings/colour")?;
     ensure!(said == "0\n0\n0\nteal", "root, its file, its settings and what they say are {said:?}");
     let uid = pod["metadata"]["uid"].as_str().context("the pod has no uid")?;
-    let volume = format!("kubelet/pods/{uid}/volumes/kubernetes.io~empty-dir/work/file");
+    let volume = format!("kubelet/pods/{uid}/volumes/kubernetes.io~empty-dir/scratch/file");
     let owner = fs::metadata(user.cluster.layout.root.join(volume)).context("look at the volume's file")?.uid();
     ensure!(owner == 0, "outside, the file that its root has written is that of user {owner}");
     let masks = "grep -c ' /proc/' /proc/self/mounts || true";
