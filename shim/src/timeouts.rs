@@ -19,6 +19,9 @@ pub const FORWARD_OPEN: Duration = Duration::from_secs(20);
 pub const HEARTBEAT: Duration = Duration::from_secs(30);
 /// Output that is still on its way when a process has exited.
 pub const DRAIN: Duration = Duration::from_secs(10);
+/// containerd opens an output FIFO, which it begins before it asks for the process. Long, for a starved machine; its own
+/// shim waits for ever.
+pub const FIFO_OPENED: Duration = Duration::from_secs(10);
 /// containerd reads what an output FIFO holds, before it is told of the exit.
 pub const FIFO_READ: Duration = Duration::from_millis(500);
 /// A connection of containerd's says by its first request whether it is a stream, and a stream which one it is.

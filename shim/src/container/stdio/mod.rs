@@ -1,8 +1,10 @@
 //! Copies the bytes of one process between where containerd wants them and the guest's streams.
 //!
-//! Nothing passes through the driver: each stream is a task of its own. Two rules come from containerd
+//! Nothing passes through the driver: each stream is a task of its own. Three rules come from containerd
 //! (<https://github.com/containerd/containerd/blob/main/docs/runtime-v2.md#io>):
 //!
+//! - A process is not begun before containerd has opened its ends of the output FIFOs: one that it opens after ours have been
+//!   closed would never end.
 //! - Output FIFOs are opened for reading as well, so that a restart of containerd, which closes its ends for a while,
 //!   neither raises EPIPE nor loses what was written: the writer waits.
 //! - A second handle keeps the stdin FIFO open for writing until `CloseIO`, or the first `attach` that leaves would be EOF.

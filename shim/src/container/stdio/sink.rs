@@ -12,10 +12,12 @@ use std::time::Duration;
 use anyhow::Context;
 use bulkhead_proto::wire::Deframer;
 use percent_encoding::percent_decode_str;
+use rustix::io::Errno;
 use tokio::fs;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::pipe;
 use tokio::sync::watch;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::logger::{Binary, Ends, Logger, Ready};
@@ -24,6 +26,7 @@ use super::streaming::output::{Output, Presence};
 use super::{BUFFER, Logged, OUTPUT_BYTES, Progress, StdioPaths, widen};
 use crate::error::{Error, Result};
 use crate::guest::listener::StreamTicket;
+use crate::timeouts;
 
 /// What output can be given as, for messages.
 const ACCEPTED: &str = "a FIFO, file:///PATH, binary:///PATH?KEY=VALUE, binary-v2:///PATH?KEY=VALUE or \
@@ -94,7 +97,7 @@ impl Sinks {
         Ok(Some(match target {
             None => return Ok(None),
             Some(Target::Fifo(path)) => {
-                let sink = Sink::fifo(&path)?;
+                let sink = Sink::fifo(&path, timeouts::FIFO_OPENED).await?;
                 let look = pipe::OpenOptions::new().open_receiver(&path);
                 self.looks.push(look.with_context(|| format!("open output FIFO {} to look at it", path.display()))?);
                 sink
@@ -147,11 +150,22 @@ impl Target {
 }
 
 impl Sink {
-    fn fifo(path: &Path) -> anyhow::Result<Self> {
-        let sender = pipe::OpenOptions::new()
-            .read_write(true)
-            .open_sender(path)
-            .with_context(|| format!("open output FIFO {}", path.display()))?;
+    /// Opens a FIFO once containerd has opened its end, or after `patience` without it.
+    ///
+    /// A reader that comes when the last writer has gone waits for another one for ever, and this end does not wait for
+    /// readers: without waiting here, what ends at once would end unseen by a containerd that is short of time.
+    async fn fifo(path: &Path, patience: Duration) -> anyhow::Result<Self> {
+        let what = || format!("open output FIFO {}", path.display());
+        // Kept until the other end for writing is there.
+        let opened = timeout(patience, opened_by_reader(path)).await;
+        let _writer = match opened {
+            Ok(writer) => Some(writer.with_context(what)?),
+            Err(_) => {
+                tracing::warn!(path = %path.display(), "nobody has opened an output FIFO for reading");
+                None
+            }
+        };
+        let sender = pipe::OpenOptions::new().read_write(true).open_sender(path).with_context(what)?;
         widen(&sender, OUTPUT_BYTES);
         Ok(Self::Pipe(sender))
     }
@@ -186,6 +200,19 @@ impl Sink {
         match self {
             Self::Stream(output) => Some(output.presence()),
             Self::Pipe(_) | Self::File(_) => None,
+        }
+    }
+}
+
+/// Waits until somebody has a FIFO open for reading, or waits in open(2) to have; opens it for writing.
+///
+/// No event tells of a reader, so it is tried: see `ENXIO` in fifo(7).
+async fn opened_by_reader(path: &Path) -> io::Result<pipe::Sender> {
+    const TRY: Duration = Duration::from_millis(2);
+    loop {
+        match pipe::OpenOptions::new().open_sender(path) {
+            Err(error) if error.raw_os_error() == Some(Errno::NXIO.raw_os_error()) => tokio::time::sleep(TRY).await,
+            opened => return opened,
         }
     }
 }
@@ -306,6 +333,37 @@ mod tests {
             refused("binary://logger?token=secret"),
             "path of binary://logger is not absolute, expected binary:///PATH"
         );
+    }
+
+    #[tokio::test]
+    async fn a_fifo_is_opened_once_somebody_reads_it() {
+        let dir = tempfile::tempdir().expect("makes a directory");
+        let path = dir.path().join("stdout");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).expect("makes a fifo");
+        let opening = Sink::fifo(&path, Duration::from_secs(60));
+        tokio::pin!(opening);
+        assert!(timeout(Duration::from_millis(50), &mut opening).await.is_err(), "it waits for a reader");
+        let read = std::thread::spawn({
+            let path = path.clone();
+            move || std::fs::read_to_string(path).expect("reads")
+        });
+        let mut sink = opening.await.expect("opens");
+        sink.write_all(b"out").await.expect("writes");
+        drop(sink);
+        assert_eq!(read.join().expect("ends"), "out");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_fifo_that_nobody_reads_is_waited_for_only_so_long() {
+        let dir = tempfile::tempdir().expect("makes a directory");
+        let path = dir.path().join("stdout");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).expect("makes a fifo");
+        let begun = tokio::time::Instant::now();
+        let mut sink = Sink::fifo(&path, Duration::from_secs(10)).await.expect("opens");
+        assert_eq!(begun.elapsed().as_secs(), 10);
+        sink.write_all(b"out").await.expect("its own reader takes it");
+        let absent = Sink::fifo(&dir.path().join("absent"), Duration::from_secs(10)).await;
+        assert!(format!("{:#}", absent.expect_err("is refused")).contains("open output FIFO"));
     }
 
     #[tokio::test]
