@@ -23,9 +23,9 @@ use crate::process::{Phase, Process};
 use crate::reaper::ExitStatus;
 use crate::runtime::{Exec, Request, Started, create::NOTIFY_FILE};
 use crate::sandbox::Stages;
-use crate::spec::{self, Guest, Spec};
+use crate::spec::{self, Guest, Source, Spec};
 use crate::stdio::{self, Plan, Streams};
-use crate::{metrics, oom, passwd};
+use crate::{metrics, oom, passwd, volume};
 
 /// Directories of containers: rootfs, layers, bundle.
 const CONTAINERS: &str = "/run/bulkhead/containers";
@@ -142,8 +142,15 @@ impl Container {
         mounts.mount(request.rootfs, &directory.join("layers"), &rootfs).await?;
         stages.done("rootfs");
 
-        for path in &spec.shared {
-            mount::shared(path)?;
+        for volume in &request.memory_volumes {
+            services.volumes.make(volume)?;
+        }
+        for source in spec.mounts.iter().filter_map(|(_, source)| source.as_ref()) {
+            match source {
+                Source::Share(path) => drop(mount::shared(path)?),
+                Source::Memory { path, at } => mounts.bind(&volume::open(path)?, at)?,
+                Source::Shm => {}
+            }
         }
         services.set_sysctls(std::mem::take(&mut spec.sysctls)).await?;
         find_home(&mut spec, &rootfs);
@@ -532,9 +539,10 @@ fn make_cwd(spec: &Spec, rootfs: &Path) -> Result<()> {
     let cwd = spec.process.cwd();
     let made = match spec.mount_of(cwd) {
         None => mount::make_directories(rootfs, cwd),
-        Some((below, Some(shared))) => mount::make_directories(&mount::shared(&shared)?, &below),
+        Some((below, Some(Source::Share(path)))) => mount::make_directories(&mount::shared(&path)?, &below),
+        Some((below, Some(Source::Memory { at, .. }))) => mount::make_directories(&at, &below),
         // A file system that does not exist yet; its own root is all there is.
-        Some((_, None)) => Ok(()),
+        Some((_, Some(Source::Shm) | None)) => Ok(()),
     };
     made.map_err(|error| {
         let reason = crate::runtime::lookup::text(&error);
@@ -552,6 +560,8 @@ fn clean_up(id: &str, directory: &Path, rootfs: &mut Stack) -> Result<Vec<api::S
     stages.done("clear.share");
     let cgroup = Cgroup::of(id).remove();
     stages.done("clear.cgroup");
+    // What is still mounted would lose its content.
+    unmounted?;
     for directory in [&Path::new(STATE).join(id), directory] {
         match fs::remove_dir_all(directory) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -561,5 +571,5 @@ fn clean_up(id: &str, directory: &Path, rootfs: &mut Stack) -> Result<Vec<api::S
         }
     }
     stages.done("clear.files");
-    cgroup.and(unmounted).map(|()| stages.stages)
+    cgroup.map(|()| stages.stages)
 }

@@ -39,3 +39,4 @@ pub mod server;
 pub mod spec;
 pub mod stdio;
 pub mod sys;
+pub mod volume;

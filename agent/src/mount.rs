@@ -5,12 +5,12 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
 use bulkhead_proto::agent::{GuestMount, guest_mount::Source};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use rustix::fs::{Mode, OFlags, ResolveFlags, mkdirat, openat2};
+use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, mkdirat, openat2};
 
 use crate::device;
 use crate::error::{During, Error, Result};
@@ -44,6 +44,21 @@ impl Stack {
                 .map_err(|error| error.during(format!("mount {name} of the rootfs")))?;
             self.targets.push(target);
         }
+        Ok(())
+    }
+
+    /// Binds `source`, a file or directory, to `target`, which is made.
+    pub fn bind(&mut self, source: &OwnedFd, target: &Path) -> Result<()> {
+        let what = || format!("create {}", target.display());
+        let kind = FileType::from_raw_mode(rustix::fs::fstat(source).during(what)?.st_mode);
+        let parent = if kind == FileType::Directory { Some(target) } else { target.parent() };
+        fs::create_dir_all(parent.unwrap_or(target)).during(what)?;
+        if kind != FileType::Directory {
+            fs::write(target, "").during(what)?;
+        }
+        let source = format!("/proc/self/fd/{}", source.as_raw_fd());
+        bind(Path::new(&source), target, MsFlags::empty())?;
+        self.targets.push(target.to_owned());
         Ok(())
     }
 
@@ -176,7 +191,8 @@ pub fn read_inside(root: &Path, path: &Path) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn open_directory(path: &Path) -> io::Result<OwnedFd> {
+/// Opens a directory as a place, not to read it.
+pub fn open_directory(path: &Path) -> io::Result<OwnedFd> {
     Ok(rustix::fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?)
 }
 

@@ -29,6 +29,7 @@ use crate::runtime::spawner::Spawner;
 use crate::runtime::{Request, Started};
 use crate::sandbox;
 use crate::stdio::Carrier;
+use crate::volume::MemoryVolumes;
 
 /// Time between two samples of statistics.
 const SAMPLING: Duration = Duration::from_secs(1);
@@ -51,6 +52,8 @@ pub struct Services {
     pub tracker: TaskTracker,
     /// The agent's end.
     pub cancel: CancellationToken,
+    /// Volumes that are the guest's own.
+    pub volumes: MemoryVolumes,
     spawner: Arc<Spawner>,
     namespaces: OnceLock<Arc<Namespaces>>,
 }
@@ -65,6 +68,7 @@ impl Services {
             events: Arc::default(),
             tracker: TaskTracker::new(),
             cancel: CancellationToken::new(),
+            volumes: MemoryVolumes::default(),
             spawner: Arc::default(),
             namespaces: OnceLock::new(),
         })

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use bulkhead_proto::{SHARE_SCHEME, SHM_SOURCE};
+use bulkhead_proto::{MEMORY_SCHEME, SHARE_SCHEME, SHM_SOURCE};
 use oci_spec::runtime::{LinuxResources, LinuxSeccomp, LinuxSeccompAction, Process};
 use serde_json::{Map, Value, json};
 
@@ -47,21 +47,59 @@ pub struct Spec {
     pub sysctls: BTreeMap<String, String>,
     /// The container may write to its cgroup.
     pub cgroup_writable: bool,
-    /// Paths below the share that mounts are bound from.
-    pub shared: Vec<String>,
-    /// Destinations of all mounts, in order, with the path below the share for those that have one.
-    pub mounts: Vec<(String, Option<String>)>,
+    /// Destinations of all mounts, in order, with what those that are binds are bound from.
+    pub mounts: Vec<(String, Option<Source>)>,
+}
+
+/// What a mount of a container is bound from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// Path below the share.
+    Share(String),
+    /// A memory-backed volume of the pod's, or a part of it.
+    Memory {
+        /// The volume's name, and the path in it.
+        path: String,
+        /// Where the agent has to bind it before.
+        at: PathBuf,
+    },
+    /// The pod-wide /dev/shm.
+    Shm,
+}
+
+impl Source {
+    /// Resolves the source of a container's bind, the `index`th of its mounts; `None` if it is none of these.
+    fn parse(source: &str, guest: &Guest<'_>, index: usize) -> Result<Option<Self>> {
+        if source == SHM_SOURCE {
+            return Ok(Some(Self::Shm));
+        }
+        if let Some(path) = source.strip_prefix(SHARE_SCHEME) {
+            return share_path(path).map(|path| Some(Self::Share(path.to_owned())));
+        }
+        let Some(path) = source.strip_prefix(MEMORY_SCHEME) else { return Ok(None) };
+        let at = guest.rootfs.with_file_name("memory").join(index.to_string());
+        share_path(path).map(|path| Some(Self::Memory { path: path.to_owned(), at }))
+    }
+
+    /// Its guest path.
+    fn guest_path(&self) -> String {
+        match self {
+            Self::Share(path) => format!("{SHARE}/{path}"),
+            Self::Memory { at, .. } => at.display().to_string(),
+            Self::Shm => SHM.to_owned(),
+        }
+    }
 }
 
 impl Spec {
-    /// The mount that `path` lies on: what is below it, and where on the share it comes from. `None` is the rootfs.
-    pub fn mount_of(&self, path: &Path) -> Option<(PathBuf, Option<String>)> {
-        let (destination, shared) = self
+    /// The mount that `path` lies on: what is below it, and what it is bound from. `None` is the rootfs.
+    pub fn mount_of(&self, path: &Path) -> Option<(PathBuf, Option<Source>)> {
+        let (destination, source) = self
             .mounts
             .iter()
             .filter(|(destination, _)| destination != "/" && path.starts_with(destination))
             .max_by_key(|(destination, _)| destination.len())?;
-        Some((path.strip_prefix(destination).ok()?.to_owned(), shared.clone()))
+        Some((path.strip_prefix(destination).ok()?.to_owned(), source.clone()))
     }
 }
 
@@ -84,7 +122,7 @@ pub fn rewrite(json: &[u8], guest: &Guest<'_>) -> Result<Spec> {
     let mut mounts = Vec::new();
     let cgroup_writable = has_writable_cgroup(root.get("mounts"));
     for mount in root.get_mut("mounts").and_then(Value::as_array_mut).into_iter().flatten() {
-        mounts.push(rewrite_mount(mount)?);
+        mounts.push(rewrite_mount(mount, guest, mounts.len())?);
     }
 
     let linux = root.entry("linux").or_insert_with(|| json!({}));
@@ -108,7 +146,6 @@ pub fn rewrite(json: &[u8], guest: &Guest<'_>) -> Result<Spec> {
         seccomp,
         sysctls: serde_json::from_value(sysctls).map_err(invalid)?,
         cgroup_writable,
-        shared: mounts.iter().filter_map(|(_, shared)| shared.clone()).collect(),
         mounts,
         config,
     })
@@ -160,8 +197,8 @@ fn has_writable_cgroup(mounts: Option<&Value>) -> bool {
     })
 }
 
-/// Resolves a mount's source; returns its destination and the path below the share that it binds.
-fn rewrite_mount(mount: &mut Value) -> Result<(String, Option<String>)> {
+/// Resolves the source of the `index`th mount; returns its destination and what it is bound from.
+fn rewrite_mount(mount: &mut Value, guest: &Guest<'_>, index: usize) -> Result<(String, Option<Source>)> {
     let mount = mount.as_object_mut().ok_or_else(|| Error::invalid("a mount of the OCI spec is not a JSON object"))?;
     let destination = mount.get("destination").and_then(Value::as_str).unwrap_or_default().to_owned();
     if !destination.starts_with('/') {
@@ -171,29 +208,32 @@ fn rewrite_mount(mount: &mut Value) -> Result<(String, Option<String>)> {
     let bind = mount.get("type").and_then(Value::as_str) == Some("bind")
         || options.is_some_and(|options| options.iter().any(|option| option == "bind" || option == "rbind"));
     let source = mount.get("source").and_then(Value::as_str).unwrap_or_default().to_owned();
-    let (resolved, shared) = match source.strip_prefix(SHARE_SCHEME) {
-        Some(below) => (format!("{SHARE}/{}", share_path(below)?), Some(below.to_owned())),
-        None if source == SHM_SOURCE => (SHM.to_owned(), None),
+    let found = Source::parse(&source, guest, index)?;
+    let resolved = match &found {
+        Some(found) => found.guest_path(),
         None if bind => {
             return Err(Error::invalid(format!(
-                "mount of {destination} binds {source:?}; a source is {SHARE_SCHEME}<path> or {SHM_SOURCE}"
+                "mount of {destination} binds {source:?}; a source is {SHARE_SCHEME}<path>, {MEMORY_SCHEME}<volume> or \
+                 {SHM_SOURCE}"
             )));
         }
         // A file system without a source of its own; libcontainer insists on a word.
-        None if source.is_empty() => (mount.get("type").and_then(Value::as_str).unwrap_or("none").to_owned(), None),
-        None => (source, None),
+        None if source.is_empty() => mount.get("type").and_then(Value::as_str).unwrap_or("none").to_owned(),
+        None => source,
     };
     mount.insert("source".to_owned(), resolved.into());
-    Ok((destination, shared))
+    Ok((destination, found))
 }
 
-/// Checks a path below the share: relative, without `.` or `..`.
+/// Checks a path below the share, or one that begins with a volume: relative, without `.` or `..`.
 pub fn share_path(path: &str) -> Result<&str> {
     let plain = |part: &str| !part.is_empty() && part != "." && part != ".." && !part.contains('\0');
     if path.split('/').all(plain) {
         return Ok(path);
     }
-    Err(Error::invalid(format!("{path:?} is not a path below the share: plain names joined by single slashes")))
+    Err(Error::invalid(format!(
+        "{path:?} is not a path below the share or in a volume: plain names joined by single slashes"
+    )))
 }
 
 /// Containers share the pod's network, UTS and IPC namespaces: the guest's own, or those of the pod's user namespace.
@@ -330,16 +370,19 @@ mod tests {
     }
 
     #[test]
-    fn sources_are_resolved_below_the_share() {
+    fn sources_are_resolved() {
         let mounts = json!({ "mounts": [
             { "destination": "/data", "source": "share:c1/0", "options": ["rbind", "ro"] },
             { "destination": "/dev/shm", "source": "shm:", "options": ["rbind"] },
             { "destination": "/proc", "type": "proc" },
+            { "destination": "/cache", "source": "memory:cache/sub", "options": ["rbind"] },
         ]});
         let spec = rewritten(&mounts).expect("rewrite");
         let sources: Vec<_> = spec.config["mounts"].as_array().expect("array").iter().map(|m| &m["source"]).collect();
-        assert_eq!(sources, ["/run/bulkhead/share/c1/0", "/dev/shm", "proc"]);
-        assert_eq!(spec.shared, ["c1/0"]);
+        assert_eq!(sources, ["/run/bulkhead/share/c1/0", "/dev/shm", "proc", "/memory/3"]);
+        let found: Vec<_> = spec.mounts.into_iter().filter_map(|(_, source)| source).collect();
+        let cache = Source::Memory { path: "cache/sub".into(), at: "/memory/3".into() };
+        assert_eq!(found, [Source::Share("c1/0".into()), Source::Shm, cache]);
     }
 
     #[test]
@@ -349,14 +392,17 @@ mod tests {
             { "destination": "/a/b", "source": "share:c1/0", "options": ["bind"] },
         ]});
         let spec = rewritten(&mounts).expect("rewrite");
-        assert_eq!(spec.mount_of(Path::new("/a/b/c/d")), Some((PathBuf::from("c/d"), Some("c1/0".to_owned()))));
+        assert_eq!(
+            spec.mount_of(Path::new("/a/b/c/d")),
+            Some((PathBuf::from("c/d"), Some(Source::Share("c1/0".to_owned()))))
+        );
         assert_eq!(spec.mount_of(Path::new("/a/x")), Some((PathBuf::from("x"), None)));
         assert_eq!(spec.mount_of(Path::new("/ab")), None);
     }
 
     #[test]
-    fn sources_that_leave_the_share_are_refused() {
-        for source in ["share:../x", "share:/etc", "share:a//b", "share:", "share:a/./b", "/etc"] {
+    fn sources_that_leave_their_place_are_refused() {
+        for source in ["share:../x", "share:/etc", "share:a//b", "share:", "share:a/./b", "memory:v/../x", "/etc"] {
             let mounts = json!({ "mounts": [{ "destination": "/d", "source": source, "type": "bind" }] });
             let error = rewritten(&mounts).expect_err(source);
             assert_eq!(error.code(), tonic::Code::InvalidArgument, "{source}");

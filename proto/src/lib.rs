@@ -32,5 +32,9 @@ pub const SHARE_TAG: &str = "share";
 /// Scheme of a bind's source in the guest spec that lies below the share: `share:<path below the share>`.
 pub const SHARE_SCHEME: &str = "share:";
 
+/// Scheme of a bind's source in the guest spec that is a memory-backed volume of the pod's, or a path in one:
+/// `memory:<volume>[/<path>]`.
+pub const MEMORY_SCHEME: &str = "memory:";
+
 /// Source of a bind in the guest spec that means the pod-wide /dev/shm.
 pub const SHM_SOURCE: &str = "shm:";

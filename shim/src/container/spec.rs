@@ -17,6 +17,9 @@ use crate::idmap::IdMappings;
 /// Annotation of CRI specs: `sandbox` or `container`.
 const CONTAINER_TYPE: &[&str] = &["io.kubernetes.cri.container-type", "io.kubernetes.cri-o.ContainerType"];
 
+/// Annotation with Kubernetes' uid of the pod.
+const POD_UID: &str = "io.kubernetes.cri.sandbox-uid";
+
 /// What a spec describes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
@@ -67,6 +70,11 @@ pub fn role(spec: &Value) -> Result<Role> {
 pub fn annotations(spec: &Value) -> BTreeMap<String, String> {
     let Some(map) = spec.get("annotations").and_then(Value::as_object) else { return BTreeMap::new() };
     map.iter().filter_map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned()))).collect()
+}
+
+/// Kubernetes' uid of the pod that the spec's container is of; None if nothing is said of one.
+pub fn pod_uid(spec: &Value) -> Option<String> {
+    annotations(spec).remove(POD_UID).filter(|uid| !uid.is_empty())
 }
 
 /// Fails for a pod in the host's IPC namespace, which a VM has no part in.

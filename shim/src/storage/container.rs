@@ -3,12 +3,12 @@
 
 use std::path::Path;
 
-use bulkhead_proto::agent::GuestMount;
+use bulkhead_proto::agent::{GuestMount, MemoryVolume};
 use serde_json::Value;
 
 use super::plan::{self, Mount, RootfsPlan};
 use super::volume::{self, Owner};
-use super::{disk, rootfs};
+use super::{disk, memory, rootfs};
 use crate::device::block::PluggedDisk;
 use crate::error::{Error, Result};
 use crate::host::HostThread;
@@ -34,19 +34,29 @@ pub struct ContainerStorage {
     disk: Option<PluggedDisk>,
 }
 
+/// What the agent makes for a container, in the words of its API.
+#[derive(Debug)]
+pub struct InGuest {
+    /// How the rootfs comes about.
+    pub rootfs: Vec<GuestMount>,
+    /// Volumes of the pod that the container has.
+    pub memory_volumes: Vec<MemoryVolume>,
+}
+
 impl ContainerStorage {
     /// Attaches rootfs and volumes of `spec` and writes the guest's `mounts` into it. On an error nothing is left.
     ///
-    /// Returns what the agent mounts as the rootfs. Not cancel safe: run it as a job.
+    /// Returns what the agent is to make of it. Not cancel safe: run it as a job.
     pub async fn attach(
         place: &Place,
         owner: Owner<'_>,
         mounts: &[Mount],
         root_path: Option<&Path>,
         spec: &mut Value,
-    ) -> Result<(Self, Vec<GuestMount>)> {
+    ) -> Result<(Self, InGuest)> {
         let rootfs_plan = plan::plan_rootfs(mounts, root_path)?;
         let mut volume_plan = volume::plan_volumes(spec, owner)?;
+        let memory_volumes = memory::claim(owner, &mut volume_plan).await?;
         volume::spare_mounts_below(owner.container_id, &mut volume_plan).await?;
         for note in &volume_plan.notes {
             tracing::info!(container_id = owner.container_id, note, "a mount means something else in the guest");
@@ -62,7 +72,7 @@ impl ContainerStorage {
         };
         let storage = Self { container_id: owner.container_id.to_owned(), disk };
         match volume::attach(&place.host, &place.share, owner.container_id, &volume_plan).await {
-            Ok(()) => Ok((storage, rootfs)),
+            Ok(()) => Ok((storage, InGuest { rootfs, memory_volumes })),
             Err(error) => {
                 if let Err(left) = storage.detach(place).await {
                     tracing::warn!(container_id = owner.container_id, error = %left, "the rootfs of a container that failed stays until the pod ends");

@@ -7,6 +7,7 @@ pub mod container;
 pub mod disk;
 pub mod etc;
 pub mod layers;
+pub mod memory;
 pub mod plan;
 pub mod rootfs;
 pub mod share;

@@ -6,14 +6,14 @@
 //! |---|---|
 //! | proc, sysfs, tmpfs, devpts, mqueue, cgroup and their like | the same: the guest's own |
 //! | bind of the sandbox's shm directory, or of the host's `/dev/shm`, to `/dev/shm` | the pod-wide `/dev/shm` (`shm:`) |
-//! | bind of a file or directory | bound from the share (`share:<container>/<n>`) |
+//! | bind of a memory-backed `emptyDir` | a tmpfs of the guest (`memory:<volume>`); see [`super::memory`] |
+//! | bind of any other file or directory | bound from the share (`share:<container>/<n>`) |
 //! | bind of a kernel file system of the host (`/proc`, `/sys`, `/sys/fs/cgroup`, `/dev`, ...) | a fresh one of that type, which shows the guest's kernel: the host's would describe the wrong machine |
 //! | bind of anything below `/proc`, `/sys` or `/dev` | refused: there is nothing in the guest that could be meant |
 //! | any other type | refused |
 //!
 //! Directories are shared as they are, so updates of `ConfigMap`s, Secrets and projected tokens arrive; a file is shared by
-//! itself, never its directory. Memory-backed `emptyDir`s are shared like every other one, so that all see their content.
-//! Id-mapped binds are mapped here, on the host, by the kernel that has the file system: the guest sees the owners as they
+//! itself, never its directory. Id-mapped binds are mapped here, on the host, by the kernel that has the file system: the guest sees the owners as they
 //! are in the user namespace's parent, and makes that namespace with the same maps. So what it writes has the owner on the
 //! host that it would have with runc, mapped or not.
 //! See <https://github.com/opencontainers/runtime-spec/blob/main/config.md#mounts>.
@@ -37,6 +37,8 @@ pub struct Owner<'a> {
     pub container_id: &'a str,
     /// The sandbox; tells its shm directory from a volume.
     pub sandbox_id: &'a str,
+    /// Kubernetes' uid of the pod; None where nobody says. Tells its volumes from those of other pods.
+    pub pod_uid: Option<&'a str>,
     /// Directory of the spec; relative sources begin here.
     pub bundle: &'a Path,
     /// The maps of its user namespace, which `idmap` without maps of its own means; None if it has none.
@@ -294,10 +296,22 @@ fn plan_mount(mount: &SpecMount, owner: Owner<'_>, plan: &mut VolumePlan) -> Res
     // Recursive whatever the spec says: what lies below is the host's decision, made when the tree was cloned.
     let mut options = vec!["rbind".to_owned()];
     options.extend(mount.guest_options());
-    let shared = format!("{SHARE_SCHEME}{}", share_path(owner.container_id, bind.index));
-    let guest_mount = oci_mount(&bind.destination, "bind", &shared, &options);
+    let guest_mount = oci_mount(&bind.destination, "bind", &share_source(owner.container_id, bind.index), &options);
     plan.binds.push(bind);
     Ok(guest_mount)
+}
+
+impl VolumePlan {
+    /// The guest's mount of the bind `index` of `container_id`.
+    pub(super) fn guest_mount_of(&mut self, container_id: &str, index: usize) -> Option<&mut Map<String, Value>> {
+        let shared = json!(share_source(container_id, index));
+        let mount = self.guest_mounts.iter_mut().find(|mount| mount.get("source") == Some(&shared));
+        mount.and_then(Value::as_object_mut)
+    }
+}
+
+fn share_source(container_id: &str, index: usize) -> String {
+    format!("{SHARE_SCHEME}{}", share_path(container_id, index))
 }
 
 /// Path of volume `index` below the share.
@@ -371,10 +385,10 @@ pub async fn attach(host: &HostThread, share: &ShareRoot, container_id: &str, pl
                 error.context(format!("mount \"{}\" to {:?}", bind.source.display(), bind.destination))
             })
         };
-        let count = trees.len();
+        let indexes: Vec<usize> = trees.iter().map(|(bind, _)| bind.index).collect();
         let attached = trees.into_iter().try_for_each(attach_one);
         if attached.is_err() {
-            for index in 0..count {
+            for index in indexes {
                 if let Err(error) = share.remove(Path::new(&share_path(&container_id, index))) {
                     tracing::warn!(%error, "a volume of a container that failed is left in the share");
                 }
@@ -404,8 +418,7 @@ pub async fn spare_mounts_below(container_id: &str, plan: &mut VolumePlan) -> Re
         candidates.into_iter().filter_map(|candidate| below(candidate).transpose()).collect::<Result<Vec<_>>>()
     });
     for index in spared.await.map_err(|error| Error::internal(format!("look for mounts below volumes: {error}")))?? {
-        let shared = json!(format!("{SHARE_SCHEME}{}", share_path(container_id, index)));
-        let mount = plan.guest_mounts.iter_mut().find(|mount| mount.get("source") == Some(&shared));
+        let mount = plan.guest_mount_of(container_id, index);
         if let Some(options) = mount.and_then(|mount| mount.get_mut("options")).and_then(Value::as_array_mut) {
             options.retain(|option| option != "ro");
         }
@@ -439,8 +452,13 @@ mod tests {
     const SANDBOX: &str = "5f2d";
 
     fn plan(mounts: &Value) -> Result<VolumePlan> {
-        let owner =
-            Owner { container_id: "web", sandbox_id: SANDBOX, bundle: Path::new("/bundle"), user_namespace: None };
+        let owner = Owner {
+            container_id: "web",
+            sandbox_id: SANDBOX,
+            pod_uid: None,
+            bundle: Path::new("/bundle"),
+            user_namespace: None,
+        };
         plan_volumes(&json!({ "mounts": mounts }), owner)
     }
 
@@ -451,8 +469,13 @@ mod tests {
     #[test]
     fn the_mounts_of_a_cri_container_become_the_golden_file() {
         let spec: Value = serde_json::from_str(include_str!("testdata/cri-spec.json")).expect("is JSON");
-        let owner =
-            Owner { container_id: "web", sandbox_id: SANDBOX, bundle: Path::new("/bundle"), user_namespace: None };
+        let owner = Owner {
+            container_id: "web",
+            sandbox_id: SANDBOX,
+            pod_uid: None,
+            bundle: Path::new("/bundle"),
+            user_namespace: None,
+        };
         let plan = plan_volumes(&spec, owner).expect("is planned");
         let binds: Vec<String> = plan
             .binds
@@ -511,8 +534,13 @@ mod tests {
         let map = json!([{"containerID": 0, "hostID": 65_536, "size": 65_536}]);
         let pods = IdMappings::of_mount_options(Some("0:100000:65536"), Some("0:100000:65536")).expect("reads");
         let ids = |mount: Value, user_namespace: Option<&IdMappings>| {
-            let owner =
-                Owner { container_id: "web", sandbox_id: SANDBOX, bundle: Path::new("/bundle"), user_namespace };
+            let owner = Owner {
+                container_id: "web",
+                sandbox_id: SANDBOX,
+                pod_uid: None,
+                bundle: Path::new("/bundle"),
+                user_namespace,
+            };
             let planned = plan_volumes(&json!({ "mounts": [mount] }), owner)?;
             let text = planned.guest_mounts[0].to_string();
             assert!(!text.contains("idmap") && !text.contains("Mappings"), "{text}");

@@ -172,10 +172,16 @@ fn user_namespace(user: &User) -> Result<()> {
     user.apply(&json!({
         "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "settings"}, "data": {"colour": "teal"},
     }))?;
-    let mounts = json!([{"name": "scratch", "mountPath": "/scratch"}, {"name": "settings", "mountPath": "/settings"}]);
+    let mounts = json!([
+        {"name": "scratch", "mountPath": "/scratch"}, {"name": "settings", "mountPath": "/settings"},
+        {"name": "memory", "mountPath": "/memory"}, {"name": "memory", "mountPath": "/part", "subPath": "part"},
+    ]);
     let spec = json!({
         "hostUsers": false,
-        "volumes": [{"name": "scratch", "emptyDir": {}}, {"name": "settings", "configMap": {"name": "settings"}}],
+        "volumes": [
+            {"name": "scratch", "emptyDir": {}}, {"name": "settings", "configMap": {"name": "settings"}},
+            {"name": "memory", "emptyDir": {"medium": "Memory", "sizeLimit": "1Mi"}},
+        ],
         "containers": [with(idle("main"), json!({"volumeMounts": mounts})), with(idle("unmasked"), unmasked)],
     });
     let pod = user.ready_pod("mapped", spec)?;
@@ -186,6 +192,9 @@ fn user_namespace(user: &User) -> Result<()> {
     let said = user
         .sh("mapped", "id -u; echo mine > /scratch/file; stat -c %u /scratch/file /settings; cat /settings/colour")?;
     ensure!(said == "0\n0\n0\nteal", "root, its file, its settings and what they say are {said:?}");
+    let said =
+        user.sh("mapped", "echo > /part/file; stat -c '%u %g %a' /memory /part; stat -c %u /memory/part/file")?;
+    ensure!(said == "0 0 1777\n0 0 1777\n0", "owners and modes of its memory-backed volume are {said:?}");
     let uid = pod["metadata"]["uid"].as_str().context("the pod has no uid")?;
     let volume = format!("kubelet/pods/{uid}/volumes/kubernetes.io~empty-dir/scratch/file");
     let owner = fs::metadata(user.cluster.layout.root.join(volume)).context("look at the volume's file")?.uid();

@@ -22,14 +22,12 @@ pub const ROWS: &[Row] = &[
     Row::new("a hostPath is of the kind asked for, shows changes and mounts, and is read-only where asked", host_path),
     Row::new("what is written to a claimed volume is there for the next pod", claims),
     Row::new("an image is a read-only volume, whole or in part", image),
-];
-
-/// Rows that are not in the table yet: the guest has no disks of claims and no memory-backed volumes of its own so far.
-#[expect(dead_code, reason = "they join the table when what they promise is there")]
-pub const LATER: &[Row] = &[
-    Row::new("a claimed block device is a block device in the pod", raw_block),
     Row::new("an emptyDir in memory is shared, as large as asked, and counts for whoever fills it", in_memory),
 ];
+
+/// Rows that are not in the table yet: the guest has no disks of claims so far.
+#[expect(dead_code, reason = "they join the table when what they promise is there")]
+pub const LATER: &[Row] = &[Row::new("a claimed block device is a block device in the pod", raw_block)];
 
 /// A directory of the node's for this row alone; the machine that runs the tests sees the same one.
 pub fn host_directory(user: &User) -> Result<PathBuf> {
@@ -334,14 +332,25 @@ fn in_memory(user: &User) -> Result<()> {
         with(with(container, mounts(both)), json!({"resources": {"limits": {"memory": memory}}}))
     };
     let fill = "until test -e /small/go; do sleep 0.2; done; exec dd if=/dev/zero of=/large/file bs=1M count=64";
-    let containers = [part(idle("main"), "96Mi"), part(idle("peer"), "32Mi"), part(script("greedy", fill), "32Mi")];
+    let mut peer = part(idle("peer"), "32Mi");
+    let below = json!([{"name": "small", "mountPath": "/below", "subPath": "a/b", "readOnly": true}]);
+    peer["volumeMounts"].as_array_mut().context("it has mounts")?.extend(below.as_array().cloned().unwrap_or_default());
+    let containers = [part(idle("main"), "96Mi"), peer, part(script("greedy", fill), "32Mi")];
     let volumes = [volume("small", "16Mi"), volume("large", "100Mi")];
-    user.ready_pod("swift", json!({"restartPolicy": "Never", "volumes": volumes, "containers": containers}))?;
+    let context = json!({"runAsUser": 1000, "runAsGroup": 1000, "fsGroup": 2345});
+    let pod = json!({
+        "restartPolicy": "Never", "securityContext": context, "volumes": volumes, "containers": containers,
+    });
+    user.ready_pod("swift", pod)?;
     let said = user.sh("swift", "stat -f -c %T /small /large; df -k /small /large | awk '/large|small/ {print $2}'")?;
     ensure!(said == "tmpfs\ntmpfs\n16384\n102400", "kinds and sizes are {said:?}");
+    let said = user.sh("swift", "stat -c '%u %g %a' /small /small/a /small/a/b; echo deep > /small/a/b/file")?;
+    ensure!(said == "0 2345 3777\n0 2345 3777\n0 2345 3777", "owners and modes are {said:?}");
+    let said = sh_in(user, "swift", "peer", "cat /below/file; touch /below/new 2>&1 || true")?;
+    ensure!(said == "deep\ntouch: /below/new: Read-only file system", "in a part of it there is {said:?}");
     let said =
         user.sh("swift", "dd if=/dev/zero of=/small/fill bs=1M count=20 2>&1; wc -c < /small/fill; rm /small/fill")?;
-    ensure!(said.contains("No space left on device") && said.ends_with("\n16777216"), "filling it, dd said {said:?}");
+    ensure!(said.contains("No space left on device") && said.ends_with("\n16773120"), "filling it, dd said {said:?}");
     user.sh("swift", "echo note > /small/note")?;
     let said = sh_in(user, "swift", "peer", "cat /small/note; touch /small/go")?;
     ensure!(said == "note", "the other container finds {said:?}");

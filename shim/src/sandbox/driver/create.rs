@@ -323,15 +323,17 @@ async fn make(access: &Access, task: &CreateTask, guest: spec::GuestSpec, target
     if let Some(etc) = &access.etc {
         etc.add_to(&mut guest_spec, access.user_namespace.as_ref());
     }
+    let pod_uid = spec::pod_uid(&task.spec);
     let owner = Owner {
         container_id: &task.id.0,
         sandbox_id: &access.sandbox_id,
+        pod_uid: pod_uid.as_deref(),
         bundle: &task.bundle,
         user_namespace: access.user_namespace.as_ref(),
     };
     let root_path = PathBuf::from(spec::string(&task.spec, "/root/path"));
     let premounted = (!root_path.as_os_str().is_empty()).then_some(root_path.as_path());
-    let (storage, rootfs) =
+    let (storage, in_guest) =
         ContainerStorage::attach(&access.place, owner, &task.rootfs, premounted, &mut guest_spec).await?;
     stopwatch.lap("storage");
     let made = async {
@@ -340,7 +342,8 @@ async fn make(access: &Access, task: &CreateTask, guest: spec::GuestSpec, target
         let request = agent::CreateContainerRequest {
             container_id: task.id.0.clone(),
             spec_json: encode(&guest_spec, "spec")?,
-            rootfs,
+            rootfs: in_guest.rootfs,
+            memory_volumes: in_guest.memory_volumes,
             stdio: Some(told),
             pid_namespace: match guest.pid_namespace {
                 PidNamespace::Own => agent::PidNamespace::Container,
