@@ -51,6 +51,12 @@ impl Error {
         Self { kind: self.kind, cause: self.cause.context(context) }
     }
 
+    /// The same error, with `cause` as the innermost of its causes.
+    #[must_use]
+    pub fn because(self, cause: impl fmt::Display) -> Self {
+        Self::new(self.kind, format!("{self}: {cause}"))
+    }
+
     /// [`Kind::NotFound`].
     pub fn not_found(message: impl fmt::Display + fmt::Debug + Send + Sync + 'static) -> Self {
         Self::new(Kind::NotFound, message)
@@ -136,6 +142,13 @@ mod tests {
         let error = Error::invalid("no such file").context("read spec").context("create container web");
         assert_eq!(error.to_string(), "create container web: read spec: no such file");
         assert_eq!(error.kind(), Kind::InvalidArgument);
+    }
+
+    #[test]
+    fn what_led_to_an_error_is_told_last() {
+        let error = Error::unavailable("QEMU has ended").context("boot").because("memory ran out");
+        assert_eq!(error.to_string(), "boot: QEMU has ended: memory ran out");
+        assert_eq!(error.kind(), Kind::Unavailable);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 /// A cgroup path below the root of every hierarchy.
 #[derive(Debug, Clone)]
@@ -48,6 +48,42 @@ impl Subtree {
             }
         }
         Ok(format!("/{}/{child}", self.name))
+    }
+
+    /// Limits the memory of `child`, as the kubelet does for a pod whose containers have limits.
+    pub fn limit_memory(&self, child: &str, bytes: u64) -> Result<()> {
+        let mut limited = false;
+        for hierarchy in &self.hierarchies {
+            let top = hierarchy.join(&self.name);
+            // In version 2 a group has what is handed down to it.
+            for above in [hierarchy, &top] {
+                let has = fs::read_to_string(above.join("cgroup.controllers")).unwrap_or_default();
+                if has.split_whitespace().any(|controller| controller == "memory") {
+                    fs::write(above.join("cgroup.subtree_control"), "+memory")
+                        .with_context(|| format!("hand memory down from {}", above.display()))?;
+                }
+            }
+            // What goes to a swap would not be missed.
+            for (file, value) in [("memory.limit_in_bytes", bytes), ("memory.swap.max", 0), ("memory.max", bytes)] {
+                let path = top.join(child).join(file);
+                if path.exists() {
+                    fs::write(&path, value.to_string()).with_context(|| format!("write {}", path.display()))?;
+                    limited = true;
+                }
+            }
+        }
+        ensure!(limited, "no hierarchy of this machine limits memory");
+        Ok(())
+    }
+
+    /// Bytes of memory that `child` has in use.
+    pub fn memory_usage(&self, child: &str) -> Result<u64> {
+        let files = ["memory.usage_in_bytes", "memory.current"];
+        let paths = self.hierarchies.iter().map(|hierarchy| hierarchy.join(&self.name).join(child));
+        let text =
+            paths.flat_map(|path| files.map(|file| path.join(file))).find_map(|path| fs::read_to_string(path).ok());
+        let text = text.with_context(|| format!("nothing counts the memory of {child}"))?;
+        text.trim().parse().with_context(|| format!("parse {text:?}"))
     }
 
     /// Removes `child` where it has become empty; whether it is gone everywhere. What is not empty stays, and is then found

@@ -30,6 +30,7 @@ pub mod namespace_mode {
 #[derive(Debug, Clone)]
 pub struct PodSpec {
     config: Value,
+    cgroup_memory_bytes: Option<u64>,
 }
 
 impl Default for PodSpec {
@@ -47,7 +48,14 @@ impl PodSpec {
             "dns_config": {"servers": ["10.0.0.10"], "searches": ["tests.local"], "options": ["ndots:2"]},
             "linux": {"security_context": {"namespace_options": {"pid": namespace_mode::CONTAINER}}},
         });
-        Self { config }
+        Self { config, cgroup_memory_bytes: None }
+    }
+
+    /// Limits the memory of the pod's cgroup, as the kubelet does for a pod whose containers have limits.
+    #[must_use]
+    pub fn cgroup_memory(mut self, bytes: u64) -> Self {
+        self.cgroup_memory_bytes = Some(bytes);
+        self
     }
 
     /// Sets the field at `pointer`, such as `/linux/sysctls/kernel.shmmax`; objects on the way are made.
@@ -94,6 +102,9 @@ pub fn try_start(node: &Arc<Node>, handler: &str, spec: PodSpec) -> Result<(Opti
     let log_directory = directory.join("log");
     fs::create_dir_all(&log_directory).with_context(|| format!("make {}", log_directory.display()))?;
     let cgroup = node.make_pod_cgroup(&name)?;
+    if let Some(bytes) = spec.cgroup_memory_bytes {
+        node.cgroups.limit_memory(&name, bytes)?;
+    }
     let mut config = spec.config;
     config["metadata"]["name"] = json!(name);
     config["metadata"]["uid"] = json!(format!("{}-{number}", node.name));
@@ -190,6 +201,12 @@ impl Pod {
         let left = node.crictl(&["pods", "-q", "--no-trunc"]).success()?.text();
         ensure!(!left.contains(id), "pod {id} is still listed");
         Ok(())
+    }
+
+    /// Leaves the pod's cgroup no more memory than it uses now, and `spare_bytes`.
+    pub fn limit_memory(&self, spare_bytes: u64) -> Result<()> {
+        let used = self.node.cgroups.memory_usage(&self.name)?;
+        self.node.cgroups.limit_memory(&self.name, used + spare_bytes)
     }
 
     /// A command of `crictl` about this pod.

@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 use crate::annotations::Annotations;
 use crate::bootstrap::ServeConfig;
 use crate::cgroup::PodCgroup;
+use crate::cgroup::memory::OutOfMemory;
 use crate::config::{Asset, Config};
 use crate::container::pid::HostPid;
 use crate::container::stdio::streaming::Streams;
@@ -158,9 +159,15 @@ impl Pod {
         self.parts.vm.as_ref().map(Vm::console_tail).unwrap_or_default()
     }
 
-    /// Why the VM is lost, as far as QEMU and the console tell.
-    pub fn obituary(&self) -> Option<String> {
-        self.parts.vm.as_ref().filter(|vm| vm.child().exited().borrow().is_some()).map(Vm::obituary)
+    /// Why the VM is lost, as far as QEMU, the console and the pod's cgroup tell; `seen` is what was noticed.
+    pub fn obituary(&self, seen: &str) -> String {
+        // The helpers end with QEMU, and sometimes are seen first.
+        let ended = self.parts.vm.as_ref().filter(|vm| vm.child().exited().borrow().is_some());
+        let how = ended.map_or_else(|| seen.to_owned(), Vm::obituary);
+        match self.parts.out_of_memory() {
+            Some(cause) => format!("{how}: {cause}"),
+            None => how,
+        }
     }
 
     /// One future for each child: it ends when the child does, and names it.
@@ -233,6 +240,11 @@ impl Parts {
         let vm = self.vm.as_ref().map(Vm::child);
         let helper = self.transport.as_ref().and_then(Transport::child);
         vm.into_iter().chain(self.share.as_ref().map(Share::child)).chain(helper)
+    }
+
+    /// Why the kernel has killed one of the children for want of memory; `None` if it has not.
+    fn out_of_memory(&self) -> Option<OutOfMemory> {
+        self.cgroup.as_ref().and_then(PodCgroup::out_of_memory)
     }
 
     /// Removes what is there: the guest first, if it still lives; then QEMU, and beside it what does not serve it; then the
@@ -412,6 +424,11 @@ pub async fn boot(identity: Arc<SandboxIdentity>, request: BootRequest) -> Resul
             if let Some(console) = parts.vm.as_ref().map(Vm::console_line).filter(|console| !console.is_empty()) {
                 tracing::error!(sandbox_id = %identity.sandbox_id, console, "the guest's console ends before the boot does");
             }
+            // Whatever the boot fell over, it could not go on without that process. The counters go with the cgroup.
+            let error = match parts.out_of_memory() {
+                Some(cause) => error.because(cause),
+                None => error,
+            };
             parts.tear_down(Farewell::Killed).await.close().await;
             Err(error.context(format!("boot of sandbox {} ({})", identity.sandbox_id, stopwatch.told())))
         }

@@ -71,6 +71,8 @@ const ROWS: &[Row] = &[
     Row::in_pod("statistics of the pod are those of its containers", resources::pod_statistics)
         .releases(&[Version::V2_4])
         .only(BULKHEAD),
+    Row::alone("a pod whose memory limit has no room for a virtual machine says so", resources::no_room).only(BULKHEAD),
+    Row::alone("a pod that outgrows its memory limit says so in the log", resources::outgrown).only(BULKHEAD),
     // Together.
     Row::in_pod("two containers share localhost", together::localhost),
     Row::in_pod("with a PID namespace each, containers do not see one another", together::pid_container),

@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use bulkhead_tests::command::wait_for;
 use bulkhead_tests::container::ContainerSpec;
-use bulkhead_tests::pod::Pod;
+use bulkhead_tests::pod::{Pod, PodSpec};
 use bulkhead_tests::row::Context;
 
 use crate::{SOON, outcome};
@@ -68,4 +68,36 @@ pub fn oom(_: &Context, pod: &Pod) -> Result<()> {
     // The rest of the pod is none the worse.
     ensure!(outcome(pod, ContainerSpec::script("echo well"))? == "well");
     Ok(())
+}
+
+pub fn no_room(context: &Context) -> Result<()> {
+    // A guest that has booted and its QEMU take twice as much.
+    let (pod, output) = context.try_start(PodSpec::new().cgroup_memory(48 << 20))?;
+    if let Some(pod) = pod {
+        pod.remove_by_force()?;
+        bail!("the pod was started");
+    }
+    let said = output.failure()?;
+    let parts = ["the memory limit of 48 MiB of cgroup /", context.node.name.as_str(), "overhead.podFixed.memory"];
+    ensure!(parts.iter().all(|part| said.contains(*part)), "crictl said {said:?}");
+    Ok(())
+}
+
+pub fn outgrown(context: &Context) -> Result<()> {
+    let pod = context.start(PodSpec::new())?;
+    let container = pod.run(ContainerSpec::idle())?;
+    let position = pod.node.log_position();
+    pod.limit_memory(4 << 20)?;
+    // It ends with the guest, which has far more memory than that to give it.
+    container.exec(&["tail", "/dev/zero"])?.failure()?;
+    let exit = container.wait(SOON)?;
+    ensure!(exit.code == 137, "exit {exit:?}");
+    wait_for("the log to name the limit", SOON, || {
+        let log = pod.node.log_since(position, 1000);
+        let is_told =
+            |line: &str| line.contains("level=error") && line.contains("of cgroup /") && line.contains("was reached");
+        ensure!(log.lines().any(is_told), "the log does not tell: {log}");
+        Ok(())
+    })?;
+    pod.remove_by_force()
 }

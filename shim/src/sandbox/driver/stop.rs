@@ -47,12 +47,10 @@ impl Driver {
             return;
         }
         let (console, obituary) = match &self.holding {
-            Holding::Pod(pod) => (pod.console_tail(), pod.obituary()),
-            _ => (String::new(), None),
+            Holding::Pod(pod) => (pod.console_tail(), pod.obituary(what)),
+            _ => (String::new(), what.to_owned()),
         };
-        // The helpers end with QEMU, and sometimes are seen first.
-        let what = obituary.as_deref().unwrap_or(what);
-        tracing::error!(error = what, console = %last_lines(&console), "the pod's virtual machine is lost");
+        tracing::error!(error = obituary, console = %last_lines(&console), "the pod's virtual machine is lost");
         self.begin_stop(killed_now(), Farewell::Killed);
     }
 

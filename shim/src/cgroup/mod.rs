@@ -1,8 +1,11 @@
 //! The pod's cgroup on the host, where QEMU and its helpers live, so that the pod's accounting and limits hold for them.
 //!
 //! It is the leaf that the sandbox's spec names (`linux.cgroupsPath`), the one in which another runtime would put the pause
-//! process: below the pod's own cgroup, which kubelet makes and removes. v1, v2 and both side by side.
+//! process: below the pod's own cgroup, which kubelet makes and removes. v1, v2 and both side by side. Where the kernel kills
+//! one of them for want of memory, [`memory`] tells whose limit that was.
 //! Spec: <https://github.com/opencontainers/runtime-spec/blob/main/config-linux.md#cgroups-path>
+
+pub mod memory;
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -12,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 
+use crate::cgroup::memory::{Counters, OutOfMemory};
 use crate::error::{Error, Result};
 
 /// Where a leaf goes when the spec names none, as `ctr` specs may.
@@ -51,6 +55,8 @@ enum Version {
 #[derive(Debug)]
 pub struct PodCgroup {
     directories: Vec<PathBuf>,
+    /// From before anything was in it; `None` where memory is not counted.
+    memory: Option<Counters>,
 }
 
 impl PodCgroup {
@@ -71,7 +77,14 @@ impl PodCgroup {
             }
             hand_down(directory);
         }
-        Ok(Self { directories })
+        let memory = Counters::read(&directories);
+        Ok(Self { directories, memory })
+    }
+
+    /// Why the kernel has killed a process of the pod for want of memory; `None` if it has not. Reads files of the kernel's
+    /// memory, which does not block.
+    pub fn out_of_memory(&self) -> Option<OutOfMemory> {
+        self.memory.as_ref()?.out_of_memory()
     }
 
     /// The `cgroup.procs` files, open for a child to write itself into.
