@@ -10,6 +10,7 @@
 //! processes are gone when its power is ([`Cluster::lose_power`]).
 
 pub mod addons;
+pub mod admission;
 pub mod daemons;
 pub mod images;
 pub mod layout;
@@ -70,7 +71,7 @@ const START_DEADLINE: Duration = Duration::from_mins(3);
 pub struct Settings {
     /// The directory of everything; made by [`Cluster::up`].
     pub directory: PathBuf,
-    /// The handler of pods that name no RuntimeClass.
+    /// The handler of pods that name no RuntimeClass. With Bulkhead those with limits are given its RuntimeClass.
     pub default_runtime: Runtime,
     /// Whether the node loses its power when the thread that started it ends.
     pub tied: bool,
@@ -136,7 +137,7 @@ impl Cluster {
         let mark = Mark { link: Link::choose(&name)?, name, sysctls, mount_points, node: None };
         let cluster = Self { layout, mark: Mutex::new(mark), tied: settings.tied };
         cluster.save_mark()?;
-        let started = cluster.install(settings, &bulkhead).and_then(|()| cluster.start());
+        let started = cluster.install(settings, &bulkhead).and_then(|()| cluster.start(settings.default_runtime));
         if let Err(error) = started {
             let logs: Vec<_> = ["node", "kube-apiserver", "containerd", "kubelet"]
                 .iter()
@@ -195,7 +196,7 @@ impl Cluster {
     }
 
     /// The first start: also imports the images and installs what a cluster has besides its daemons.
-    fn start(&self) -> Result<()> {
+    fn start(&self, default_runtime: Runtime) -> Result<()> {
         self.boot()?;
         wait_for("containerd to answer", START_DEADLINE, || {
             self.ctr(&["version"]).deadline(Duration::from_secs(5)).success()
@@ -203,6 +204,9 @@ impl Cluster {
         self.import(&images::all()?)?;
         self.wait_until_ready()?;
         addons::install(self)?;
+        if default_runtime == Runtime::Bulkhead {
+            admission::install(self, default_runtime.handler())?;
+        }
         user::wait_for("the cluster's DNS", START_DEADLINE, || {
             self.kubectl(&["-n", "kube-system", "rollout", "status", "deployment/coredns", "--timeout=1s"]).success()
         })?;

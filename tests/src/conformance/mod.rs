@@ -4,7 +4,8 @@
 //! What runs is what every cluster and every node has to pass ("Kinds of tests" in
 //! <https://github.com/kubernetes/community/blob/master/contributors/devel/sig-testing/e2e-tests.md>), but for specs
 //! that want the cluster for themselves or take many minutes each. Nothing is pulled: the images that the suite names
-//! are made here under those names ([`images`]).
+//! are made here under those names ([`images`]). Specs name no RuntimeClass, and some of them limit a pod to less than a
+//! virtual machine takes: their overhead counts by a policy ([`crate::cluster::admission`]).
 
 pub mod images;
 pub mod inherent;
