@@ -159,10 +159,15 @@ impl Pod {
         self.parts.vm.as_ref().map(Vm::console_tail).unwrap_or_default()
     }
 
+    /// Whether the VM has ended.
+    pub fn is_lost(&self) -> bool {
+        self.parts.vm.as_ref().is_some_and(|vm| vm.child().exited().borrow().is_some())
+    }
+
     /// Why the VM is lost, as far as QEMU, the console and the pod's cgroup tell; `seen` is what was noticed.
     pub fn obituary(&self, seen: &str) -> String {
         // The helpers end with QEMU, and sometimes are seen first.
-        let ended = self.parts.vm.as_ref().filter(|vm| vm.child().exited().borrow().is_some());
+        let ended = self.parts.vm.as_ref().filter(|_| self.is_lost());
         let how = ended.map_or_else(|| seen.to_owned(), Vm::obituary);
         match self.parts.out_of_memory() {
             Some(cause) => format!("{how}: {cause}"),

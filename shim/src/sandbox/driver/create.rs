@@ -241,6 +241,7 @@ impl Driver {
         let made = match result {
             Ok(made) => made,
             Err(error) => {
+                let error = self.explained(error);
                 // The words by which people and tools know a failed create from runc.
                 self.fail_create(&id, reply, error.context("OCI runtime create failed"));
                 self.finish_stop();

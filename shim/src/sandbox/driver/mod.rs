@@ -152,6 +152,8 @@ pub struct Driver {
     events: Events,
     /// Creates of a single container that failed: answered when its VM is gone.
     failed_creates: Vec<(Reply<u32>, Error)>,
+    /// How the virtual machine was lost; None if it was not.
+    obituary: Option<String>,
     /// containerd's Shutdown came, perhaps while the pod was on its way down.
     ending: bool,
     /// Shutdowns of the sandbox, answered at the very end.
@@ -174,6 +176,7 @@ impl Driver {
             jobs: JoinSet::new(),
             events,
             failed_creates: Vec::new(),
+            obituary: None,
             ending: false,
             farewells: Vec::new(),
             guest_events,

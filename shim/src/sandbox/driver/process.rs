@@ -134,6 +134,7 @@ impl Driver {
                 {
                     process.set_exit(Exit { status: NEVER_RAN, at: SystemTime::now() });
                 }
+                let error = self.explained(error);
                 // The words by which people and tools know a failed exec from runc.
                 Err(if id.exec.is_some() { error.context("OCI runtime exec failed: exec failed") } else { error })
             }

@@ -8,6 +8,7 @@ use super::{Done, Driver, Holding, answer, killed_now};
 use crate::container::ProcessId;
 use crate::container::process::{Exit, Phase, Process};
 use crate::container::spec::Role;
+use crate::error::{Error, Kind};
 use crate::network::TapFiles;
 use crate::sandbox::boot::Farewell;
 use crate::sandbox::state::{State, Step};
@@ -51,7 +52,21 @@ impl Driver {
             _ => (String::new(), what.to_owned()),
         };
         tracing::error!(error = obituary, console = %last_lines(&console), "the pod's virtual machine is lost");
+        self.obituary = Some(obituary);
         self.begin_stop(killed_now(), Farewell::Killed);
+    }
+
+    /// `error`, with what the virtual machine was lost by if that is why it came about: the log is not where users look.
+    pub(super) fn explained(&self, error: Error) -> Error {
+        let found = || match &self.holding {
+            // Its end is there, and the news of it still on the way.
+            Holding::Pod(pod) => pod.is_lost().then(|| pod.obituary("")),
+            _ => None,
+        };
+        match self.obituary.clone().or_else(found) {
+            Some(cause) if error.kind() == Kind::Unavailable => error.because(cause),
+            _ => error,
+        }
     }
 
     pub(super) fn on_torn_down(&mut self, tap_files: TapFiles) {
