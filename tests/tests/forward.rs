@@ -205,7 +205,16 @@ fn large_file(context: &Context, pod: &Pod) -> Result<()> {
     container.remove_by_force()
 }
 
-fn nothing_listens(_: &Context, pod: &Pod) -> Result<()> {
+fn nothing_listens(context: &Context, pod: &Pod) -> Result<()> {
+    // What containerd itself meets: a dial has succeeded before anybody can ask the guest.
+    let dialled = dial_inside(&netns(pod)?, 9999)?;
+    let ended = dialled.and_then(|mut client| {
+        client.set_read_timeout(Some(SOON))?;
+        client.read_to_end(&mut Vec::new())
+    });
+    let expected =
+        if context.runtime.is_bulkhead() { ErrorKind::ConnectionReset } else { ErrorKind::ConnectionRefused };
+    ensure!(ended.as_ref().is_err_and(|error| error.kind() == expected), "a dial inside the pod ended with {ended:?}");
     let position = pod.node.log_position();
     let forwarding = forward(pod, 9999)?;
     let mut client = forwarding.dial()?;

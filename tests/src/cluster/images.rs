@@ -1,6 +1,7 @@
-//! Images that the cluster itself needs, and Kubernetes' own test program.
+//! Images that the cluster itself needs, Kubernetes' own test program, and a Perl.
 
 use std::fs;
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
@@ -11,6 +12,8 @@ use crate::tools;
 /// Kubernetes' `agnhost`, with busybox beside it
 /// (<https://github.com/kubernetes/kubernetes/tree/master/test/images/agnhost>).
 pub const AGNHOST: &str = "localhost/bulkhead/agnhost:test";
+/// Perl beside busybox, for system calls that none of busybox's programs makes: without modules, as any Debian has it.
+pub const PERL: &str = "localhost/bulkhead/perl:test";
 /// The cluster's DNS server.
 pub const COREDNS: &str = "localhost/bulkhead/coredns:test";
 
@@ -23,8 +26,9 @@ pub fn all() -> Result<Vec<Image>> {
         entrypoint: vec!["/agnhost".into()],
         command: vec!["pause".into()],
         user: String::new(),
-        layers: vec![base, Arc::new(program("agnhost")?)],
+        layers: vec![Arc::clone(&base), Arc::new(program("agnhost")?)],
     });
+    images.push(Image::new(PERL, &["/bin/sh"], &[base, Arc::new(perl()?)]));
     images.push(Image {
         name: COREDNS.into(),
         entrypoint: vec!["/coredns".into()],
@@ -33,6 +37,12 @@ pub fn all() -> Result<Vec<Image>> {
         layers: vec![Arc::new(program("coredns")?)],
     });
     Ok(images)
+}
+
+fn perl() -> Result<Vec<u8>> {
+    let mut layer = Layer::default();
+    layer.program(Path::new("/usr/bin/perl"), "usr/bin/perl")?;
+    layer.finish()
 }
 
 /// A layer with one of Kubernetes' programs at the top.

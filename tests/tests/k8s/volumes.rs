@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use bulkhead_tests::cluster::NODE;
-use bulkhead_tests::cluster::images::AGNHOST;
+use bulkhead_tests::cluster::images::{AGNHOST, PERL};
 use bulkhead_tests::cluster::table::Row;
 use bulkhead_tests::cluster::user::{SOON, User, container_status, wait_for};
 use serde_json::{Value, json};
@@ -22,6 +22,8 @@ pub const ROWS: &[Row] = &[
     Row::new("a hostPath is of the kind asked for, shows changes and mounts, and is read-only where asked", host_path),
     Row::new("what is written to a claimed volume is there for the next pod", claims),
     Row::new("an image is a read-only volume, whole or in part", image),
+    Row::new("what others write is read at the next open, and with runc a watch is told of it", watches),
+    Row::new("a lock on a file of a volume holds in its container, and with runc against everybody", locks),
     Row::new("an emptyDir in memory is shared, as large as asked, and counts for whoever fills it", in_memory),
 ];
 
@@ -293,6 +295,103 @@ fn image(user: &User) -> Result<()> {
     let lines: Vec<_> = said.lines().collect();
     let refused = "touch: /image/new: Read-only file system";
     ensure!(lines == ["/image/agnhost", PAGE, refused], "in the image there is {said:?}");
+    Ok(())
+}
+
+/// A container that runs a Perl script.
+fn perl(name: &str, script: &str, args: &[&str]) -> Value {
+    let command = [&["perl", "-e", script][..], args].concat();
+    json!({"name": name, "image": PERL, "command": command})
+}
+
+/// Prints the name of each file in a directory that somebody has closed after writing to it.
+///
+/// 253 and 254 are inotify_init and inotify_add_watch of x86-64, 8 is `IN_CLOSE_WRITE`.
+const WATCH: &str = r#"
+    $| = 1;
+    my ($path, $events) = @ARGV;
+    my $number = syscall(253);
+    syscall(254, $number, $path, 8) < 0 and die "watch: $!";
+    open(my $watch, "<&=", $number) or die "open: $!";
+    print "watching\n";
+    while (sysread($watch, $events, 4096)) { print "$_\n" for unpack("(x12L/Z)*", $events) }
+"#;
+
+fn watches(user: &User) -> Result<()> {
+    let data = host_directory(user)?;
+    fs::write(data.join("node"), "one\n")?;
+    let mounted = mounts(json!([{"name": "data", "mountPath": "/data"}]));
+    let containers = [with(perl("main", WATCH, &["/data"]), mounted.clone()), with(idle("peer"), mounted)];
+    let volumes = json!([{"name": "data", "hostPath": {"path": data}}]);
+    user.ready_pod("watcher", json!({"volumes": volumes, "containers": containers}))?;
+    let wait_told = |name: &str| {
+        wait_for(&format!("the watch to tell of {name}"), SOON, || {
+            let told = logs_of(user, "watcher", "main")?;
+            ensure!(told.lines().any(|line| line == name), "it tells {told:?}");
+            Ok(told)
+        })
+    };
+    wait_told("watching")?;
+    let said = user.sh("watcher", "cat /data/node")?;
+    ensure!(said == "one", "the node's file is {said:?}");
+    // Of the same size: what the guest has cached of it has to be dropped for its time alone.
+    fs::write(data.join("node"), "two\n")?;
+    let said = user.sh("watcher", "cat /data/node")?;
+    ensure!(said == "two", "after the node's change, its file is {said:?}");
+    sh_in(user, "watcher", "peer", "echo three > /data/peer")?;
+    let said = user.sh("watcher", "cat /data/peer")?;
+    ensure!(said == "three", "the other container's file is {said:?}");
+    user.sh("watcher", "echo four > /data/own")?;
+    // Events come in order, so those of the writes before have come by now, or never will.
+    let told = wait_told("own")?;
+    let expected: &[&str] =
+        if user.is_bulkhead() { &["watching", "own"] } else { &["watching", "node", "peer", "own"] };
+    ensure!(told.lines().collect::<Vec<_>>() == expected, "the watch tells {told:?}");
+    Ok(())
+}
+
+/// Locks a file by flock(2) and by fcntl(2), waiting for neither, and prints which it could; with a second argument it
+/// keeps them.
+///
+/// 6 is `LOCK_EX | LOCK_NB`, and `F_SETLK` with a `struct flock` whose type, 1, is `F_WRLCK`.
+const LOCK: &str = r#"
+    $| = 1;
+    open(my $file, "+<", $ARGV[0]) or die "open: $!";
+    my $record = pack("ssx4qqix4", 1, 0, 0, 0, 0);
+    print join(" ", flock($file, 6) ? "flock" : (), fcntl($file, 6, $record) ? "fcntl" : ()), "\n";
+    sleep if @ARGV > 1;
+"#;
+
+fn locks(user: &User) -> Result<()> {
+    const BOTH: &str = "flock fcntl";
+    let data = host_directory(user)?;
+    fs::write(data.join("file"), "")?;
+    let mounted = mounts(json!([{"name": "data", "mountPath": "/data"}]));
+    let volumes = json!([{"name": "data", "hostPath": {"path": data}}]);
+    let sleeper = |name: &str| with(with(idle(name), json!({"image": PERL})), mounted.clone());
+    let main = with(perl("main", LOCK, &["/data/file", "keep"]), mounted.clone());
+    user.pod("locker", json!({"volumes": volumes, "containers": [main, sleeper("peer")]}))?;
+    user.pod("other", json!({"volumes": volumes, "containers": [sleeper("main")]}))?;
+    user.ready("locker")?;
+    user.ready("other")?;
+    wait_for("the first to have its locks", SOON, || {
+        let said = logs_of(user, "locker", "main")?;
+        ensure!(said == BOTH, "it locked by {said:?}");
+        Ok(())
+    })?;
+    let path = data.join("file").display().to_string();
+    let inside = ["perl", "-e", LOCK, "/data/file"];
+    let of = |pod: &str, container: &str| user.kubectl(&["exec", pod, "-c", container, "--"]).args(inside).success();
+    let elsewhere = if user.is_bulkhead() { BOTH } else { "" };
+    for (who, locked, expected) in [
+        ("the same container", of("locker", "main")?, ""),
+        ("another container of the pod", of("locker", "peer")?, elsewhere),
+        ("another pod", of("other", "main")?, elsewhere),
+        ("the node", user.cluster.inside(&["/usr/bin/perl", "-e", LOCK, &path]).success()?, elsewhere),
+    ] {
+        let locked = locked.text();
+        ensure!(locked == expected, "{who} could lock the file by {locked:?}");
+    }
     Ok(())
 }
 
