@@ -80,13 +80,18 @@ impl Hooks {
             let Some(list) = hooks.get(name).filter(|list| !list.is_null()) else { return Ok(Vec::new()) };
             let hooks: Vec<Hook> =
                 serde_json::from_value(list.clone()).or_kind(Kind::InvalidArgument, format!("spec: hooks.{name}"))?;
-            match hooks.iter().find(|hook| !hook.path().is_absolute()) {
-                Some(hook) => {
-                    let path = hook.path().display();
-                    Err(Error::invalid(format!("spec: path {path} in hooks.{name} is not absolute")))
+            for hook in &hooks {
+                let path = hook.path().display();
+                if !hook.path().is_absolute() {
+                    return Err(Error::invalid(format!("spec: path {path} in hooks.{name} is not absolute")));
                 }
-                None => Ok(hooks),
+                if let Some(seconds) = hook.timeout().filter(|seconds| *seconds <= 0) {
+                    return Err(Error::invalid(format!(
+                        "spec: timeout {seconds} of {path} in hooks.{name} is not greater than zero"
+                    )));
+                }
             }
+            Ok(hooks)
         };
         for name in INSIDE {
             if !list(name)?.is_empty() {
@@ -165,10 +170,7 @@ async fn run_one(hook: &Hook, bundle: &Path, state: &[u8]) -> Result<()> {
     command.env_clear().envs(environment).current_dir(bundle);
     command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
     let child = command.spawn().or_kind(Kind::FailedPrecondition, "start")?;
-    let limit = match hook.timeout() {
-        Some(seconds) => Duration::from_secs(u64::try_from(seconds).unwrap_or_default()),
-        None => timeouts::HOOK,
-    };
+    let limit = hook.timeout().map_or(timeouts::HOOK, |seconds| Duration::from_secs(seconds.unsigned_abs()));
     match timeout(limit, finish(child, state)).await {
         Ok(finished) => finished,
         Err(_elapsed) => Err(Error::deadline(format!("did not end within {limit:?}"))),
@@ -232,6 +234,17 @@ mod tests {
         assert!(said(json!({"startContainer": [shell("true")]})).starts_with("hooks.startContainer run inside"));
         assert_eq!(said(json!({"poststop": [{"path": "sh"}]})), "spec: path sh in hooks.poststop is not absolute");
         assert!(said(json!({"prestart": [{"path": 5}]})).starts_with("spec: hooks.prestart"));
+    }
+
+    #[test]
+    fn a_timeout_that_leaves_a_hook_no_time_is_refused_by_its_value() {
+        for seconds in [0, -1] {
+            let list = json!({"poststart": [{"path": "/bin/true", "timeout": seconds}]});
+            let error = hooks(&list, Path::new("/b")).expect_err("is refused");
+            assert_eq!(error.kind(), Kind::InvalidArgument);
+            let sentence = format!("spec: timeout {seconds} of /bin/true in hooks.poststart is not greater than zero");
+            assert_eq!(error.to_string(), sentence);
+        }
     }
 
     #[tokio::test]

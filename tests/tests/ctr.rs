@@ -1,16 +1,18 @@
 //! `ctr` runs single containers, from one shim binary, with every supported containerd.
 
+use std::fs;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use bulkhead_tests::command::wait_for;
+use bulkhead_tests::command::{Output, wait_for};
 use bulkhead_tests::ctr::make_root;
 use bulkhead_tests::process::namespace_of;
 use bulkhead_tests::row::{Context, Row, Runtime};
 use bulkhead_tests::suite;
 use bulkhead_tests::terminal::Terminal;
 use bulkhead_tests::tools::Version;
+use serde_json::{Value, json};
 
 const ROWS: &[Row] = &[
     Row::alone("ctr run --rm ends with the exit code of the program", exit_code),
@@ -23,6 +25,8 @@ const ROWS: &[Row] = &[
     Row::alone("events come in the order create, start, exit, delete", events).only(&[Runtime::Bulkhead]),
     Row::alone("resource limits of the spec reach the program", rlimits),
     Row::alone("tmpfs and bind mounts of ctr are there", mounts),
+    // Debian's runc runs them when it has created the container.
+    Row::alone("poststart hooks run on the host once the program has started", poststart).only(&[Runtime::Bulkhead]),
     Row::alone("the pid of a container that has no network leads to none of the host's", pid_without_network),
     Row::alone("a program that does not exist is an error that names it", not_found),
     Row::alone("a bind mount whose source does not exist is an error that names it", missing_mount_source),
@@ -158,38 +162,71 @@ fn events(context: &Context) -> Result<()> {
     Ok(())
 }
 
-fn rlimits(context: &Context) -> Result<()> {
+/// `ctr run` of the default specification with `change` made to it, to its end.
+fn run_spec(context: &Context, id: &str, change: impl FnOnce(&mut Value)) -> Result<Output> {
     let ctr = context.ctr();
     // `ctr oci spec` prints the default specification, which `--config` takes back.
-    let mut spec: serde_json::Value = serde_json::from_slice(&ctr.command(&["oci", "spec"]).success()?.stdout)?;
-    let id = ctr.new_id("rlimits");
+    let mut spec: Value = serde_json::from_slice(&ctr.command(&["oci", "spec"]).success()?.stdout)?;
     // With --config ctr neither unpacks the image nor fills in its command, so the root is a directory of ours.
     let root = context.scratch.join("rootfs");
     make_root(&root)?;
-    spec["root"] = serde_json::json!({"path": root, "readonly": false});
-    spec["process"]["args"] = serde_json::json!(["/bin/sh", "-c", "ulimit -n; ulimit -c"]);
-    spec["process"]["rlimits"] = serde_json::json!([
-        {"type": "RLIMIT_NOFILE", "soft": 321, "hard": 654},
-        {"type": "RLIMIT_CORE", "soft": 0, "hard": 0},
-    ]);
-    spec["linux"]["cgroupsPath"] = serde_json::json!(format!("/{}/{id}", context.node.name));
+    spec["root"] = json!({"path": root, "readonly": false});
+    spec["linux"]["cgroupsPath"] = json!(format!("/{}/{id}", context.node.name));
+    change(&mut spec);
     let path = context.scratch.join("config.json");
-    std::fs::write(&path, serde_json::to_vec(&spec)?)?;
-    let output = ctr.bare_run().args(["--rm", "--config"]).arg(&path).arg(&id).success()?;
+    fs::write(&path, serde_json::to_vec(&spec)?)?;
+    ctr.bare_run().args(["--rm", "--config"]).arg(&path).arg(id).success()
+}
+
+fn rlimits(context: &Context) -> Result<()> {
+    let id = context.ctr().new_id("rlimits");
+    let output = run_spec(context, &id, |spec| {
+        spec["process"]["args"] = json!(["/bin/sh", "-c", "ulimit -n; ulimit -c"]);
+        spec["process"]["rlimits"] = json!([
+            {"type": "RLIMIT_NOFILE", "soft": 321, "hard": 654},
+            {"type": "RLIMIT_CORE", "soft": 0, "hard": 0},
+        ]);
+    })?;
     ensure!(output.text() == "321\n0", "ulimit says {:?}", output.text());
+    Ok(())
+}
+
+fn poststart(context: &Context) -> Result<()> {
+    let id = context.ctr().new_id("hooked");
+    let (shared, private) = (context.scratch.join("shared"), context.scratch.join("private"));
+    fs::create_dir(&shared).and_then(|()| fs::create_dir(&private))?;
+    // Each waits for the other: a hook that came before the program would wait for its end.
+    let hook = "until test -e \"$0/started\"; do sleep 0.1; done; cat > \"$1/state\"; touch \"$0/hooked\"";
+    let hook = json!({
+        "path": "/bin/sh", "args": ["sh", "-c", hook, shared, private],
+        "env": ["PATH=/usr/bin:/bin"], "timeout": 20,
+    });
+    let output = run_spec(context, &id, |spec| {
+        let program = "touch /shared/started; \
+                       timeout 20 sh -c 'until test -e /shared/hooked; do sleep 0.1; done' && echo told";
+        spec["process"]["args"] = json!(["/bin/sh", "-c", program]);
+        spec["hooks"] = json!({"poststart": [hook]});
+        if let Some(mounts) = spec["mounts"].as_array_mut() {
+            let options = ["rbind", "rw"];
+            mounts.push(json!({"destination": "/shared", "type": "bind", "source": shared, "options": options}));
+        }
+    })?;
+    ensure!(output.text() == "told", "stdout is {:?}", output.text());
+    let state: Value = serde_json::from_slice(&fs::read(private.join("state")).context("the hook wrote nothing")?)?;
+    ensure!(state["id"] == id && state["status"] == "running", "the hook was told {state}");
     Ok(())
 }
 
 fn mounts(context: &Context) -> Result<()> {
     let ctr = context.ctr();
     let id = ctr.new_id("mounts");
-    std::fs::write(context.scratch.join("file"), "from the host")?;
+    fs::write(context.scratch.join("file"), "from the host")?;
     let bind = format!("type=bind,src={},dst=/host,options=rbind:rw", context.scratch.display());
     let tmpfs = "type=tmpfs,src=tmpfs,dst=/scratch,options=size=1048576";
     let script = "cat /host/file; echo made > /host/new; df -k /scratch | tail -1 | awk '{print \" \" $2}'";
     let output = ctr.run(&["--rm", "--mount", &bind, "--mount", tmpfs], &id, &["sh", "-c", script]).success()?;
     ensure!(output.text() == "from the host 1024", "stdout is {:?}", output.text());
-    let made = std::fs::read_to_string(context.scratch.join("new"))?;
+    let made = fs::read_to_string(context.scratch.join("new"))?;
     ensure!(made == "made\n", "the file made inside reads {made:?}");
     Ok(())
 }
