@@ -13,6 +13,7 @@ use bulkhead_shim::container::process::Phase;
 use bulkhead_shim::control::Report;
 use bulkhead_shim::error::Kind;
 use bulkhead_shim::sandbox::spec::PodResources;
+use rustix::thread::{CapabilitySet, CapabilitySets};
 use serde_json::json;
 use support::world::World;
 use tokio::time::timeout;
@@ -164,6 +165,23 @@ async fn what_does_not_exist_is_not_found_and_a_taken_id_is_taken() {
     assert_eq!(taken.kind(), Kind::AlreadyExists);
     // containerd asks before it creates, and takes an error for a dead shim.
     assert_eq!(world.sandbox.task_pid(ContainerId("later".into())).await.expect("answers"), std::process::id());
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn a_container_without_a_network_is_not_made_when_its_pid_would_lead_to_the_hosts() {
+    let mut world = World::start().await;
+    let rights = rustix::thread::capabilities(None).expect("tells");
+    let effective = rights.effective.difference(CapabilitySet::SYS_ADMIN);
+    // The driver runs on this thread, whose rights are also those of the threads that it starts.
+    rustix::thread::set_capabilities(None, CapabilitySets { effective, ..rights }).expect("gives up");
+    let refused = world.create_container("web", json!(["hang"])).await;
+    rustix::thread::set_capabilities(None, rights).expect("takes back");
+    let error = refused.err().expect("is refused");
+    assert_eq!(error.kind(), Kind::Internal);
+    assert!(error.to_string().starts_with("keep the pid of a container without a network out"), "{error}");
+    assert!(world.topics_of("web").await.is_empty());
+    world.create_container("web", json!(["hang"])).await.expect("is as if nothing had been");
     world.stop().await;
 }
 

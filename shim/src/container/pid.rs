@@ -6,7 +6,7 @@
 //! when the container is. The thread waits in the pod's network namespace, where whoever looks for a container's addresses by
 //! its pid finds them, as with runc: `nsenter --net`, and nerdctl. It leaves when the container's process ends, for a network
 //! namespace lives as long as what is in it. Where there is none, it has an empty one of its own: `ctr run --cni` configures
-//! whatever network the pid leads to, and that must never be the host's.
+//! whatever network the pid leads to, and that must never be the host's. A container that cannot have one is not made.
 
 use std::fs::File;
 use std::io;

@@ -14,7 +14,7 @@ use crate::container::ContainerId;
 use crate::container::limits::ContainerLimits;
 use crate::container::spec::{self, PidNamespace, Role};
 use crate::container::stdio::{Logged, Stdio, StdioPaths};
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result, WithKind};
 use crate::network::TapFiles;
 use crate::sandbox::boot::{Access, BootRequest, Farewell, Pod};
 use crate::sandbox::spec::SandboxSpec;
@@ -145,11 +145,16 @@ impl Driver {
                 self.watch_children(&pod);
                 self.holding = Holding::Pod(Box::new(pod));
                 let single = self.containers.get(&id).is_some_and(|container| container.role == Role::Single);
-                match task {
+                let task = match task {
                     Some(task) if single => return self.make_container(task, reply),
+                    task => task,
+                };
+                if let Err(error) = self.enter_network(&id) {
+                    return self.fail_create(&id, reply, error);
+                }
+                match task {
                     Some(task) => self.created(&id, &Told::of(&task)),
                     None => {
-                        self.enter_network(&id);
                         if let Some(sandbox) = self.containers.get_mut(&id) {
                             sandbox.stage = Stage::Made;
                         }
@@ -192,8 +197,9 @@ impl Driver {
     }
 
     fn make_container(&mut self, task: Arc<CreateTask>, reply: Reply<u32>) {
-        let begin = |driver: &Self| {
+        let begin = |driver: &mut Self| {
             let access = driver.access("create container")?;
+            driver.enter_network(&task.id)?;
             let pid_of =
                 |role: Role| driver.containers.values().find(|container| container.role == role).map(|c| c.init.pid());
             spec::check_user_namespace(&task.spec, access.user_namespace.as_ref())?;
@@ -265,10 +271,10 @@ impl Driver {
         }
     }
 
-    /// Drops a container that was not made and says so; a single one takes its VM with it, and is answered when that is gone.
+    /// Drops a container that was not made and says so; a sandbox takes its VM with it, and is answered when that is gone.
     fn fail_create(&mut self, id: &ContainerId, reply: Reply<u32>, error: Error) {
         let role = self.containers.remove(id).map(|container| container.role);
-        if role == Some(Role::Single) && self.state == State::Ready {
+        if matches!(role, Some(Role::Single | Role::Sandbox)) && self.state == State::Ready {
             self.failed_creates.push((reply, error));
             self.begin_stop(super::killed_now(), Farewell::Killed);
         } else {
@@ -276,17 +282,25 @@ impl Driver {
         }
     }
 
-    /// A pid that leads elsewhere misleads who goes by it; the container is none the worse.
-    fn enter_network(&mut self, id: &ContainerId) {
-        let Holding::Pod(pod) = &self.holding else { return };
-        let Some(container) = self.containers.get_mut(id) else { return };
-        if let Err(error) = container.init.enter_network(pod.netns()) {
-            tracing::warn!(container_id = %id, error = %format_args!("{error:#}"), "its pid is not in the pod's network");
+    /// Has the pid of a container or sandbox lead to the pod's network, or to an empty one where the pod has none.
+    ///
+    /// Only in the latter case is there an error: whoever configured a network by the pid would change the host's. In the
+    /// former a pid that leads elsewhere misleads who goes by it, and the container is none the worse.
+    fn enter_network(&mut self, id: &ContainerId) -> Result<()> {
+        let Holding::Pod(pod) = &self.holding else { return Ok(()) };
+        let Some(container) = self.containers.get_mut(id) else { return Ok(()) };
+        match container.init.enter_network(pod.netns()) {
+            Err(error) if pod.netns().is_some() => {
+                tracing::warn!(container_id = %id, error = %format_args!("{error:#}"), "its pid is not in the pod's network");
+                Ok(())
+            }
+            entered => {
+                entered.or_kind(Kind::Internal, "keep the pid of a container without a network out of the host's")
+            }
         }
     }
 
     fn created(&mut self, id: &ContainerId, told: &Told) {
-        self.enter_network(id);
         let Some(container) = self.containers.get_mut(id) else { return };
         container.stage = Stage::Made;
         let pid = container.init.pid();
