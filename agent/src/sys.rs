@@ -65,30 +65,6 @@ pub fn become_batch() -> io::Result<()> {
     }
 }
 
-/// Sets how many bytes a vsock socket holds for its reader: so much the peer may send ahead (vsock(7)).
-pub fn set_vsock_buffer(socket: BorrowedFd<'_>, bytes: u64) -> io::Result<()> {
-    const SO_VM_SOCKETS_BUFFER_SIZE: i32 = 0;
-    const SO_VM_SOCKETS_BUFFER_MAX_SIZE: i32 = 2;
-    set_option(socket, libc::AF_VSOCK, SO_VM_SOCKETS_BUFFER_MAX_SIZE, &bytes.to_ne_bytes())?;
-    set_option(socket, libc::AF_VSOCK, SO_VM_SOCKETS_BUFFER_SIZE, &bytes.to_ne_bytes())
-}
-
-/// Sets how many bytes have to be there before a socket counts as readable (`SO_RCVLOWAT`, socket(7)); more than its peer can
-/// send ahead never are.
-pub fn set_receive_low_water(socket: BorrowedFd<'_>, bytes: i32) -> io::Result<()> {
-    set_option(socket, libc::SOL_SOCKET, libc::SO_RCVLOWAT, &bytes.to_ne_bytes())
-}
-
-#[expect(unsafe_code, reason = "no wrapper knows these options")]
-fn set_option(socket: BorrowedFd<'_>, level: i32, option: i32, value: &[u8]) -> io::Result<()> {
-    let (value, size) = (value.as_ptr().cast(), value.len() as libc::socklen_t);
-    // SAFETY: the kernel reads `size` bytes of a value that outlives the call.
-    match unsafe { libc::setsockopt(socket.as_raw_fd(), level, option, value, size) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
 /// One instruction of classic BPF, as in `linux/filter.h`.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]

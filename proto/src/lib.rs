@@ -1,9 +1,10 @@
-//! What shim and agent agree on: the gRPC messages ([`agent`]), the framing of connections ([`wire`]), and the one thing
-//! that both do in the same way, to carry a TCP connection ([`bridge`]).
+//! What shim and agent agree on: the gRPC messages ([`agent`]), the framing of connections ([`wire`]), and what both do in the
+//! same way: to carry a TCP connection ([`bridge`]), and to widen one between guest and host ([`vsock`]).
 //!
 //! Both sides depend on this crate and never on each other. Apart from the bridge it does no I/O.
 
 pub mod bridge;
+pub mod vsock;
 pub mod wire;
 
 /// Messages, client and server of the agent's API, generated from `proto/agent.proto`.

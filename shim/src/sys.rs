@@ -30,22 +30,6 @@ pub fn close_on_exec_from(first: u32) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Sets how many bytes a vsock socket holds for its reader (vsock(7)); it sends no more ahead itself.
-#[expect(unsafe_code, reason = "no crate wraps these options")]
-pub fn set_vsock_buffer(socket: impl AsFd, bytes: u64) -> io::Result<()> {
-    const SO_VM_SOCKETS_BUFFER_SIZE: i32 = 0;
-    const SO_VM_SOCKETS_BUFFER_MAX_SIZE: i32 = 2;
-    // No size is taken above the greatest.
-    for option in [SO_VM_SOCKETS_BUFFER_MAX_SIZE, SO_VM_SOCKETS_BUFFER_SIZE] {
-        let (fd, value) = (socket.as_fd().as_raw_fd(), std::ptr::from_ref(&bytes).cast());
-        // SAFETY: the kernel reads the eight bytes of a number that outlives the call.
-        if unsafe { libc::setsockopt(fd, libc::AF_VSOCK, option, value, size_of::<u64>() as libc::socklen_t) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
-    }
-    Ok(())
-}
-
 /// Takes over the listening socket with number `fd`, which whoever ran this process left open for it.
 ///
 /// An error says that there is none. Once per process and number: a second owner would close a stranger's file.

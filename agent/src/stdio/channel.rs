@@ -5,8 +5,10 @@
 //! for ever for what had come in between.
 
 use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::OwnedFd;
 
+use bulkhead_proto::vsock;
+use nix::sys::socket::setsockopt;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use tokio::io::Interest;
@@ -14,6 +16,12 @@ use tokio::io::unix::AsyncFd;
 use tokio_vsock::VsockStream;
 
 use crate::sys;
+
+mod option {
+    use nix::{setsockopt_impl, sockopt_impl};
+
+    sockopt_impl!(ReceiveLowWater, SetOnly, libc::SOL_SOCKET, libc::SO_RCVLOWAT, i32);
+}
 
 /// One stream's connection to the host.
 #[derive(Debug)]
@@ -28,7 +36,7 @@ impl Channel {
     /// Lets each side send `bytes` ahead, so that pipes are filled and emptied in few turns. It is for sending as well: the
     /// kernel sends no more than it would hold itself.
     pub fn widen(&self, bytes: usize) -> io::Result<()> {
-        sys::set_vsock_buffer(self.fd().as_fd(), bytes as u64)
+        vsock::set_buffer(self.fd(), bytes as u64)
     }
 
     /// The connection.
@@ -46,9 +54,10 @@ impl Channel {
         self.0.readable().await.map(|mut ready| ready.clear_ready())
     }
 
-    /// Has [`readable`](Self::readable) wait for so many bytes, or for the connection's end.
+    /// Has [`readable`](Self::readable) wait for so many bytes (socket(7)), or for the connection's end; more than the peer can
+    /// send ahead never are there.
     pub fn wait_for(&self, bytes: usize) -> io::Result<()> {
-        sys::set_receive_low_water(self.fd().as_fd(), bytes as i32)
+        Ok(setsockopt(self.fd(), option::ReceiveLowWater, &(bytes as i32))?)
     }
 
     /// Waits until there may be room. Only what was tried in vain may be waited for.

@@ -12,6 +12,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use bulkhead_proto::vsock;
 use bulkhead_proto::wire::{Kind, Preamble, Token};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::net::{UnixListener, UnixStream};
@@ -21,7 +22,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_vsock::{VsockListener, VsockStream};
 
-use crate::{sys, timeouts};
+use crate::timeouts;
 
 /// Connections that have not said yet what they are.
 const MAX_UNSORTED: usize = 128;
@@ -259,7 +260,7 @@ impl GuestStream {
     pub fn send_ahead(&self, bytes: usize) -> io::Result<()> {
         match self {
             Self::Unix(_) => Ok(()),
-            Self::Vsock(stream) => sys::set_vsock_buffer(stream, bytes as u64),
+            Self::Vsock(stream) => vsock::set_buffer(stream, bytes as u64),
         }
     }
 }
