@@ -25,7 +25,7 @@ use crate::runtime::{Exec, Request, Started, create::NOTIFY_FILE};
 use crate::sandbox::Stages;
 use crate::spec::{self, Guest, Source, Spec};
 use crate::stdio::{self, Plan, Streams};
-use crate::{metrics, oom, passwd, volume};
+use crate::{metrics, node, oom, passwd, volume};
 
 /// Directories of containers: rootfs, layers, bundle.
 const CONTAINERS: &str = "/run/bulkhead/containers";
@@ -52,6 +52,8 @@ pub struct Container {
     execs: Mutex<HashMap<String, Registered>>,
     seccomp: Option<LinuxSeccomp>,
     oom: oom::Watch,
+    /// It has disks as devices.
+    has_disks: bool,
     paused: Mutex<bool>,
     cancel: CancellationToken,
 }
@@ -140,6 +142,7 @@ impl Container {
         fs::create_dir_all(&rootfs).during(|| "create the container's directory")?;
         fs::create_dir_all(STATE).during(|| "create the runtime's directory")?;
         mounts.mount(request.rootfs, &directory.join("layers"), &rootfs).await?;
+        let nodes = node::find(request.block_devices).await?;
         stages.done("rootfs");
 
         for volume in &request.memory_volumes {
@@ -158,6 +161,7 @@ impl Container {
             None => make_cwd(&spec, &rootfs)?,
             Some(namespaces) => namespaces.as_root(|| make_cwd(&spec, &rootfs))??,
         }
+        node::make(&node::enter(&nodes, &mut spec, &id, namespaces.is_some()))?;
         let cgroup = Cgroup::create(&id)?;
         cgroup.apply(&spec.resources)?;
         cgroup.filter_devices(&spec.resources)?;
@@ -200,6 +204,7 @@ impl Container {
             execs: Mutex::default(),
             seccomp: spec.seccomp,
             oom,
+            has_disks: !nodes.is_empty(),
             paused: Mutex::new(false),
             cancel: services.cancel.child_token(),
         };
@@ -344,9 +349,16 @@ impl Container {
     async fn clear(&self) -> Result<Vec<api::Stage>> {
         let mut remains = self.remains.lock().await;
         if !remains.cleared {
-            let (id, directory) = (self.id.clone(), self.directory.clone());
+            let (id, directory, has_disks) = (self.id.clone(), self.directory.clone(), self.has_disks);
             let mut rootfs = std::mem::take(&mut remains.rootfs);
-            let clearing = tokio::task::spawn_blocking(move || (clean_up(&id, &directory, &mut rootfs), rootfs));
+            let clearing = tokio::task::spawn_blocking(move || {
+                if has_disks {
+                    // They may go at once after this, and a file system that the container had mounted from one is
+                    // unmounted by the kernel in its own time.
+                    rustix::fs::sync();
+                }
+                (clean_up(&id, &directory, &mut rootfs), rootfs)
+            });
             let (cleared, rootfs) = clearing.await.during(|| "clear away the container's remains")?;
             remains.rootfs = rootfs;
             remains.stages = cleared?;
@@ -562,7 +574,7 @@ fn clean_up(id: &str, directory: &Path, rootfs: &mut Stack) -> Result<Vec<api::S
     stages.done("clear.cgroup");
     // What is still mounted would lose its content.
     unmounted?;
-    for directory in [&Path::new(STATE).join(id), directory] {
+    for directory in [&Path::new(STATE).join(id), directory, &node::directory(id)] {
         match fs::remove_dir_all(directory) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 return Err(Error::internal(format!("remove {}: {error}", directory.display())));

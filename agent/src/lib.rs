@@ -5,7 +5,7 @@
 //!                      ├────> forward ──> link ──> host
 //!                      ├────> namespaces ──> idmap, runtime
 //!                      └────> container ──> process ──> stdio ──> link ──> host
-//!                                  ├──> mount ──> device
+//!                                  ├──> mount, node ──> device
 //!                                  ├──> cgroup ──> limits, filter
 //!                                  └──> runtime (spawner, workers: libcontainer)
 //! ```
@@ -28,6 +28,7 @@ pub mod metrics;
 pub mod mount;
 pub mod namespaces;
 pub mod network;
+pub mod node;
 pub mod oom;
 pub mod passwd;
 pub mod pod;

@@ -24,6 +24,7 @@ pub mod ginkgo;
 pub mod grpc;
 pub mod image;
 pub mod leaks;
+pub mod loop_device;
 pub mod mounts;
 pub mod nerdctl;
 pub mod network;

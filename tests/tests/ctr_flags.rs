@@ -1,11 +1,13 @@
 //! Flags of `ctr run` change the container as they do with runc, with every supported containerd.
 
 use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, ensure};
 use bulkhead_tests::ctr::make_root;
+use bulkhead_tests::loop_device::LoopDevice;
 use bulkhead_tests::row::{Context, Row, Runtime};
 use bulkhead_tests::suite;
 use bulkhead_tests::tools::Version;
@@ -27,7 +29,9 @@ const ROWS: &[Row] = &[
     Row::alone("--mount can be read-only, of one file, and with mounts below it", binds),
     Row::alone("--rootfs takes a directory as it is and writes to it", rootfs),
     Row::alone("--device gives a device that every kernel has", devices),
-    Row::alone("--device refuses by name what only the host has", foreign_device).only(&[Runtime::Bulkhead]),
+    Row::alone("--device gives a disk of the host's, under every name that it is asked for by", disk),
+    Row::alone("--privileged gives no disk of the host's", no_disks).only(&[Runtime::Bulkhead]),
+    Row::alone("--device refuses by name what the guest cannot have", foreign_device).only(&[Runtime::Bulkhead]),
 ];
 
 fn main() -> ExitCode {
@@ -203,15 +207,46 @@ fn devices(context: &Context) -> Result<()> {
     Ok(())
 }
 
+fn disk(context: &Context) -> Result<()> {
+    let device = LoopDevice::here(&context.scratch.join("file"))?;
+    // Another node of it, which is not below /dev.
+    let other = context.scratch.join("node");
+    let number = fs::metadata(&device.path)?.rdev();
+    mknodat(CWD, &other, FileType::BlockDevice, Mode::RUSR, number)?;
+    fs::set_permissions(&other, fs::Permissions::from_mode(0o640))?;
+    let (path, other) = (&device.path, other.display().to_string());
+    // Open all the time, so that what was read of it by one name is remembered when it is written to by the other.
+    let script = format!(
+        "exec 3<{other}; test -b {path} && head -c 6 <&3; echo; blockdev --getsize64 {path}; stat -c %a {other}; \
+         echo after | dd of={path} bs=512 seek=1 conv=sync,fsync,notrunc 2>/dev/null; \
+         dd if={other} bs=512 skip=1 count=1 2>/dev/null | head -n 1"
+    );
+    let said = said(context, &["--device", path, "--device", &other], &script)?;
+    ensure!(said == "before\n8388608\n640\nafter", "of the disk the program says {said:?}");
+    device.written("after\n")
+}
+
+fn no_disks(context: &Context) -> Result<()> {
+    let device = LoopDevice::here(&context.scratch.join("file"))?;
+    let said = said(context, &["--privileged"], "find /dev -type b; ls /sys/block | grep -c '^sd'; true")?;
+    ensure!(said == "0", "although {} is on the host, there is {said:?}", device.path);
+    Ok(())
+}
+
 fn foreign_device(context: &Context) -> Result<()> {
     let ctr = context.ctr();
-    let id = ctr.new_id("device");
-    let disk = context.scratch.join("disk");
-    mknodat(CWD, &disk, FileType::BlockDevice, Mode::RUSR | Mode::WUSR, makedev(7, 77))?;
-    let disk = disk.display().to_string();
-    let said = ctr.run(&["--rm", "--device", &disk], &id, &["true"]).output()?.failure()?;
-    ctr.remove(&id)?;
-    let sentence = format!("device \"{disk}\" (b 7:77) of the host is not available in the guest");
-    ensure!(said.contains(&sentence.replace('"', "\\\"")) || said.contains(&sentence), "ctr said {said:?}");
+    for (name, kind, number, sentence) in [
+        ("memory", FileType::CharacterDevice, makedev(1, 1), "(c 1:1) of the host is not available in the guest"),
+        ("disk", FileType::BlockDevice, makedev(4000, 77), "(b 4000:77): the host has no such block device"),
+    ] {
+        let id = ctr.new_id("device");
+        let device = context.scratch.join(name);
+        mknodat(CWD, &device, kind, Mode::RUSR | Mode::WUSR, number)?;
+        let device = device.display().to_string();
+        let said = ctr.run(&["--rm", "--device", &device], &id, &["true"]).output()?.failure()?;
+        ctr.remove(&id)?;
+        let sentence = format!("device \"{device}\" {sentence}");
+        ensure!(said.contains(&sentence.replace('"', "\\\"")) || said.contains(&sentence), "ctr said {said:?}");
+    }
     Ok(())
 }

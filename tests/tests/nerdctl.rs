@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use bulkhead_tests::command::wait_for;
 use bulkhead_tests::faults::{self, Part};
+use bulkhead_tests::loop_device::LoopDevice;
 use bulkhead_tests::nerdctl::Nerdctl;
 use bulkhead_tests::network;
 use bulkhead_tests::row::{BULKHEAD, Context, Row, Runtime};
@@ -22,6 +23,7 @@ const ROWS: &[Row] = &[
     Row::alone("a detached container is listed, entered, logged, stopped, started again and removed", detached),
     Row::alone("environment, directory, user, host name and read-only root are as asked", program),
     Row::alone("directories, files and memory are mounted where they are asked for", volumes),
+    Row::alone("a disk of the host's has another name where that is asked for, and is read-only", disk),
     Row::alone("a container has an address on a CNI network, and reaches out from it", addressed),
     Row::alone("a published port of the host leads to the container", published),
     Row::alone("a hook that fails is told, and nothing is left of the container", failing_network),
@@ -135,6 +137,15 @@ fn volumes(context: &Context) -> Result<()> {
     ensure!(said == "from the host\nrefused\n1", "the program says {said:?}");
     ensure!(fs::read_to_string(path("single"))? == "changed\n", "the file on the host did not change");
     Ok(())
+}
+
+fn disk(context: &Context) -> Result<()> {
+    let device = LoopDevice::here(&context.scratch.join("file"))?;
+    let option = format!("{}:/dev/fixed:r", device.path);
+    let script = "head -c 6 /dev/fixed; echo; echo after | dd of=/dev/fixed bs=512 seek=1 conv=sync,notrunc 2>&1; true";
+    let said = said(context, &["--device", &option], script)?;
+    ensure!(said.starts_with("before\n") && said.contains("Operation not permitted"), "the program says {said:?}");
+    device.written("\0\0\0\0\0\0")
 }
 
 fn addressed(context: &Context) -> Result<()> {

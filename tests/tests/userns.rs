@@ -13,11 +13,13 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use bulkhead_tests::command::{Run, wait_for};
 use bulkhead_tests::container::{Container, ContainerSpec, text_of};
+use bulkhead_tests::loop_device::LoopDevice;
 use bulkhead_tests::network::fetch;
 use bulkhead_tests::pod::{self, Pod, PodSpec, namespace_mode};
 use bulkhead_tests::row::{Context, Row, Runtime};
 use bulkhead_tests::suite;
 use bulkhead_tests::tools::Version;
+use rustix::fs::{CWD, FileType, Mode, mknodat};
 use serde_json::{Value, json};
 
 const ROWS: &[Row] = &[
@@ -34,6 +36,9 @@ const ROWS: &[Row] = &[
     Row::alone("with a pod-wide PID namespace, containers see one another", pid_pod).releases(SINCE_2),
     Row::alone("logs, statistics, a terminal and being killed for memory are as ever", life).releases(SINCE_2),
     Row::alone("a lone container of ctr has the namespace that its flags say", lone)
+        .only(&[Runtime::Bulkhead])
+        .releases(SINCE_2),
+    Row::alone("a disk given to a lone container has the owner that it has outside", disk)
         .only(&[Runtime::Bulkhead])
         .releases(SINCE_2),
     Row::alone("a mapping without root is refused by the name of the field", rootless).releases(SINCE_2),
@@ -343,18 +348,40 @@ fn life(context: &Context) -> Result<()> {
     pod.remove()
 }
 
-fn lone(context: &Context) -> Result<()> {
+/// What `script` says in a lone container with `options` and a user namespace.
+fn said_alone(context: &Context, options: &[&str], script: &str) -> Result<String> {
     let ctr = context.ctr();
     let map = format!("0:{FIRST}:{COUNT}");
-    let options = ["--rm", "--uidmap", &map, "--gidmap", &map];
     let id = ctr.new_id("mapped");
-    let script = "cat /proc/self/uid_map; stat -c %u:%g / /bin/busybox; touch /new && stat -c %u /new";
     // Without the options by which the other tests of ctr name their configuration.
-    let run = ctr.command(&["run", "--runtime", context.runtime.runtime_type()]).args(options);
-    let said = run.args([bulkhead_tests::image::BUSYBOX, &id, "sh", "-c", script]).success()?.text();
+    let run = ctr.command(&["run", "--runtime", context.runtime.runtime_type()]);
+    let run = run.args(["--rm", "--uidmap", &map, "--gidmap", &map]).args(options);
+    Ok(run.args([bulkhead_tests::image::BUSYBOX, &id, "sh", "-c", script]).success()?.text())
+}
+
+fn lone(context: &Context) -> Result<()> {
+    let script = "cat /proc/self/uid_map; stat -c %u:%g / /bin/busybox; touch /new && stat -c %u /new";
+    let said = said_alone(context, &[], script)?;
     let words: Vec<_> = said.split_whitespace().collect();
     ensure!(words == ["0", "100000", "65536", "0:0", "0:0", "0"], "the program says {said:?}");
     Ok(())
+}
+
+fn disk(context: &Context) -> Result<()> {
+    let device = LoopDevice::here(&context.scratch.join("file"))?;
+    let node = context.scratch.join("node");
+    mknodat(CWD, &node, FileType::BlockDevice, Mode::RUSR, fs::metadata(&device.path)?.rdev())?;
+    fs::set_permissions(&node, fs::Permissions::from_mode(0o620))?;
+    chown(&node, Some(FIRST + 7), Some(FIRST))?;
+    let path = node.display().to_string();
+    // Root of the namespace is root of what belongs to users in it.
+    let script = format!(
+        "stat -c %u:%g:%a {path}; head -c 6 {path}; echo; \
+         echo after | dd of={path} bs=512 seek=1 conv=sync,fsync,notrunc 2>/dev/null"
+    );
+    let said = said_alone(context, &["--device", &path], &script)?;
+    ensure!(said == "7:0:620\nbefore", "of the disk the program says {said:?}");
+    device.written("after\n")
 }
 
 fn rootless(context: &Context) -> Result<()> {

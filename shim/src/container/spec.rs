@@ -13,6 +13,7 @@ use serde_json::{Map, Value, json};
 use crate::container::device;
 use crate::error::{Error, Result};
 use crate::idmap::IdMappings;
+use crate::storage::block_volume::BlockVolume;
 
 /// Annotation of CRI specs: `sandbox` or `container`.
 const CONTAINER_TYPE: &[&str] = &["io.kubernetes.cri.container-type", "io.kubernetes.cri-o.ContainerType"];
@@ -49,6 +50,8 @@ pub struct GuestSpec {
     pub spec: Value,
     /// Where its processes live.
     pub pid_namespace: PidNamespace,
+    /// Block devices of the host that it gives to the container; they are no longer in `spec`.
+    pub block_volumes: Vec<BlockVolume>,
     /// JSON paths of what was dropped.
     pub dropped: Vec<String>,
 }
@@ -160,8 +163,8 @@ pub fn translate(mut spec: Value, sandbox_pid: Option<u32>) -> Result<GuestSpec>
     }
     let linux = root.entry("linux").or_insert_with(|| json!({}));
     let linux = linux.as_object_mut().ok_or_else(|| Error::invalid("linux in the spec is not a JSON object"))?;
-    guest_linux(linux, &pid_namespace, &mut dropped)?;
-    Ok(GuestSpec { spec, pid_namespace, dropped })
+    let block_volumes = guest_linux(linux, &pid_namespace, &mut dropped)?;
+    Ok(GuestSpec { spec, pid_namespace, block_volumes, dropped })
 }
 
 /// Translates the `process` object of an exec.
@@ -186,7 +189,11 @@ fn guest_process(process: &mut Map<String, Value>, dropped: &mut Vec<String>) {
     }
 }
 
-fn guest_linux(linux: &mut Map<String, Value>, pid_namespace: &PidNamespace, dropped: &mut Vec<String>) -> Result<()> {
+fn guest_linux(
+    linux: &mut Map<String, Value>,
+    pid_namespace: &PidNamespace,
+    dropped: &mut Vec<String>,
+) -> Result<Vec<BlockVolume>> {
     for key in ["intelRdt", "mountLabel", "netDevices", "memoryPolicy", "personality", "timeOffsets"] {
         drop_key(linux, "linux.", key, dropped);
     }
@@ -197,7 +204,9 @@ fn guest_linux(linux: &mut Map<String, Value>, pid_namespace: &PidNamespace, dro
         .get("namespaces")
         .and_then(Value::as_array)
         .is_some_and(|list| list.iter().any(|namespace| namespace.get("type").is_some_and(|kind| kind == "user")));
-    if device::retain(linux)? {
+    // Before the rules that they are allowed by are dropped.
+    let devices = device::take(linux)?;
+    if devices.left_out {
         dropped.push("linux.devices".to_owned());
     }
     // Set once for the pod; network, UTS and IPC namespaces are the guest's own.
@@ -216,7 +225,7 @@ fn guest_linux(linux: &mut Map<String, Value>, pid_namespace: &PidNamespace, dro
     if let Some(resources) = linux.get_mut("resources").and_then(Value::as_object_mut) {
         guest_resources(resources, dropped);
     }
-    Ok(())
+    Ok(devices.block_volumes)
 }
 
 /// Files of a cgroup that mean in the guest what they mean on the host, by which kubelet says how memory is protected,
@@ -255,7 +264,8 @@ fn guest_resources(resources: &mut Map<String, Value>, dropped: &mut Vec<String>
             resources.remove("unified");
         }
     }
-    // Other numbers are those of the host's devices; the agent's own default rules hold the standard ones.
+    // Other numbers are those of the host's devices; the agent's own default rules hold the standard ones, and it makes those
+    // of disks.
     if let Some(devices) = resources.get_mut("devices").and_then(Value::as_array_mut) {
         devices
             .retain(|rule| (rule.get("major").is_none() && rule.get("minor").is_none()) || device::is_in_guest(rule));
@@ -367,6 +377,20 @@ mod tests {
                 "linux.resources.cpu.cpus"
             ]
         );
+    }
+
+    #[test]
+    fn block_devices_and_their_rules_leave_the_spec_with_the_access_that_they_had() {
+        let mut asked = spec(json!([{"type": "pid"}]));
+        asked["linux"]["devices"] = json!([{"path": "/dev/data", "type": "b", "major": 7, "minor": 5}]);
+        let rules = asked["linux"]["resources"]["devices"].as_array_mut().expect("is an array");
+        rules.push(json!({"allow": true, "type": "b", "major": 7, "minor": 5, "access": "r"}));
+        let guest = translate(asked, None).expect("translates");
+        assert_eq!(guest.spec["linux"]["devices"], json!([]));
+        assert_eq!(guest.spec["linux"]["resources"]["devices"], json!([{"allow": false, "access": "rwm"}]));
+        let [volume] = &guest.block_volumes[..] else { panic!("{:?}", guest.block_volumes) };
+        assert_eq!((volume.path.as_str(), volume.access.as_str()), ("/dev/data", "r"));
+        assert!(!guest.dropped.contains(&"linux.devices".to_owned()));
     }
 
     #[test]

@@ -56,9 +56,23 @@ pub struct Disk {
 pub enum DiskSource {
     /// A regular file.
     File,
-    /// A block device.
+    /// A block device that nothing else uses.
     HostDevice,
+    /// A block device that others, VMs among them, may have open too. Who shares it coordinates the writes, as without a VM.
+    ///
+    /// So QEMU neither locks it nor has the host cache it: what the guest writes past its own cache is on the device, and what
+    /// it reads is from there.
+    SharedDevice {
+        /// Bytes of a block that the device is addressed by. The guest's must be as large, or what is laid out in there does
+        /// not fit the host any more.
+        logical_block: u32,
+        /// Bytes of a block that the device writes at once.
+        physical_block: u32,
+    },
 }
+
+/// The largest block that QEMU takes for a disk's.
+const LARGEST_BLOCK: u32 = 2 << 20;
 
 impl Disk {
     /// Attaches the disk to `controller` as `lun`; `file` is its content.
@@ -91,24 +105,32 @@ impl Disk {
     fn node(&self, fdset_id: i64) -> Value {
         let driver = match self.source {
             DiskSource::File => "file",
-            DiskSource::HostDevice => "host_device",
+            DiskSource::HostDevice | DiskSource::SharedDevice { .. } => "host_device",
         };
-        json!({
+        let mut file = json!({
+            "driver": driver,
+            "filename": format!("/dev/fdset/{fdset_id}"),
+            "read-only": self.read_only,
+            "discard": "unmap",
+        });
+        let mut node = json!({
             "driver": "raw",
             "node-name": self.id,
             "read-only": self.read_only,
             "discard": "unmap",
-            "file": {
-                "driver": driver,
-                "filename": format!("/dev/fdset/{fdset_id}"),
-                "read-only": self.read_only,
-                "discard": "unmap",
-            },
-        })
+        });
+        if let DiskSource::SharedDevice { .. } = self.source {
+            file["locking"] = json!("off");
+            for layer in [&mut file, &mut node] {
+                layer["cache"] = json!({"direct": true});
+            }
+        }
+        node["file"] = file;
+        node
     }
 
     fn device(&self, controller: &DeviceId, lun: u8) -> DeviceAdd {
-        let properties = [
+        let mut properties = vec![
             ("bus", json!(format!("{controller}.0"))),
             ("drive", json!(self.id)),
             ("channel", json!(0)),
@@ -118,6 +140,11 @@ impl Disk {
             // Not a spinning disk.
             ("rotation_rate", json!(1)),
         ];
+        if let DiskSource::SharedDevice { logical_block, physical_block } = self.source {
+            let physical_block = physical_block.min(LARGEST_BLOCK).max(logical_block);
+            properties.push(("logical_block_size", json!(logical_block)));
+            properties.push(("physical_block_size", json!(physical_block)));
+        }
         let properties = properties.into_iter().map(|(key, value)| (key.to_owned(), value)).collect::<Map<_, _>>();
         DeviceAdd { driver: "scsi-hd".into(), id: self.id.to_string(), properties }
     }
@@ -241,6 +268,25 @@ mod tests {
                 json!(["remove-fd", {"fdset-id": 3}]),
             ]
         );
+    }
+
+    #[test]
+    fn a_device_that_others_have_too_is_neither_locked_nor_cached_and_keeps_its_blocks() {
+        let source = DiskSource::SharedDevice { logical_block: 4096, physical_block: 4 << 20 };
+        let disk = Disk { source, ..disk(false) };
+        assert_eq!(
+            disk.node(3),
+            json!({
+                "driver": "raw", "node-name": "disk-7", "read-only": false, "discard": "unmap", "cache": {"direct": true},
+                "file": {
+                    "driver": "host_device", "filename": "/dev/fdset/3", "read-only": false, "discard": "unmap",
+                    "locking": "off", "cache": {"direct": true},
+                },
+            })
+        );
+        let device = disk.device(&DeviceId::new("scsi").expect("legal"), 5);
+        let sizes = ["logical_block_size", "physical_block_size"].map(|key| &device.properties[key]);
+        assert_eq!(sizes, [&json!(4096), &json!(2 << 20)]);
     }
 
     #[tokio::test]

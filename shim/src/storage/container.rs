@@ -1,11 +1,12 @@
-//! Everything of the host's that one container has: its volumes in the share, its rootfs there or on a disk. Attached and
-//! detached as one.
+//! Everything of the host's that one container has: its volumes in the share, its rootfs there or on a disk, its block
+//! volumes. Detached as one.
 
 use std::path::Path;
 
-use bulkhead_proto::agent::{GuestMount, MemoryVolume};
+use bulkhead_proto::agent::{BlockDevice, GuestMount, MemoryVolume};
 use serde_json::Value;
 
+use super::block_volume::{self, BlockVolume, BlockVolumes, Lease};
 use super::plan::{self, Mount, RootfsPlan};
 use super::volume::{self, Owner};
 use super::{disk, memory, rootfs};
@@ -15,7 +16,8 @@ use crate::host::HostThread;
 use crate::namespace::ShareRoot;
 use crate::vm::disks::Disks;
 
-/// Where a pod's storage is: the thread in whose mount namespace it lives, the share, and the VM's disks.
+/// Where a pod's storage is: the thread in whose mount namespace it lives, the share, the VM's disks, and those of them that
+/// containers have in common.
 #[derive(Debug, Clone)]
 pub struct Place {
     /// Owns the mount namespace.
@@ -24,6 +26,8 @@ pub struct Place {
     pub share: ShareRoot,
     /// `None` where there is no VM to attach one to.
     pub disks: Option<Disks>,
+    /// Of all its containers.
+    pub block_volumes: BlockVolumes,
 }
 
 /// What a container has until [`ContainerStorage::detach`], or until the pod ends.
@@ -32,6 +36,7 @@ pub struct Place {
 pub struct ContainerStorage {
     container_id: String,
     disk: Option<PluggedDisk>,
+    block_volumes: Vec<Lease>,
 }
 
 /// What the agent makes for a container, in the words of its API.
@@ -70,7 +75,7 @@ impl ContainerStorage {
             }
             _ => (None, rootfs::attach(&place.host, &place.share, owner.container_id, &rootfs_plan).await?),
         };
-        let storage = Self { container_id: owner.container_id.to_owned(), disk };
+        let storage = Self { container_id: owner.container_id.to_owned(), disk, block_volumes: Vec::new() };
         match volume::attach(&place.host, &place.share, owner.container_id, &volume_plan).await {
             Ok(()) => Ok((storage, InGuest { rootfs, memory_volumes })),
             Err(error) => {
@@ -82,12 +87,42 @@ impl ContainerStorage {
         }
     }
 
-    /// Takes rootfs and volumes from the guest, which must have let go of them before. Tries both.
-    pub async fn detach(self, place: &Place) -> Result<()> {
-        let detached = rootfs::detach(&place.host, &place.share, &self.container_id).await;
-        match (&self.disk, &place.disks) {
-            (Some(disk), Some(disks)) => detached.and(disk::detach(disks, disk).await),
-            _ => detached,
+    /// Attaches those of `volumes` that were asked for, and returns what the agent is told of them. What is attached before an
+    /// error stays until [`Self::detach`].
+    ///
+    /// Not cancel safe: run it as a job.
+    pub async fn attach_block_volumes(&mut self, place: &Place, volumes: &[BlockVolume]) -> Result<Vec<BlockDevice>> {
+        let found = block_volume::find(volumes).await?;
+        let left_out = volumes.len() - found.len();
+        if left_out > 0 {
+            tracing::info!(
+                container_id = self.container_id,
+                left_out,
+                "disks of the host's that nobody asked for are left out"
+            );
         }
+        let mut devices = Vec::new();
+        for (volume, device) in found {
+            let disks = place.disks.as_ref();
+            let disks = disks.ok_or_else(|| Error::unimplemented(format!("{volume}: this VM takes no disks")))?;
+            let attached = place.block_volumes.attach(disks, &device).await;
+            let (lease, serial) = attached.map_err(|error| error.context(volume.to_string()))?;
+            self.block_volumes.push(lease);
+            devices.push(volume.in_guest(serial));
+        }
+        Ok(devices)
+    }
+
+    /// Takes rootfs and volumes from the guest, which must have let go of them before. Tries all.
+    pub async fn detach(self, place: &Place) -> Result<()> {
+        let mut detached = rootfs::detach(&place.host, &place.share, &self.container_id).await;
+        let Some(disks) = &place.disks else { return detached };
+        if let Some(disk) = &self.disk {
+            detached = detached.and(disk::detach(disks, disk).await);
+        }
+        for lease in self.block_volumes {
+            detached = detached.and(place.block_volumes.detach(disks, lease).await);
+        }
+        detached
     }
 }

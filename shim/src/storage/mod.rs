@@ -1,8 +1,10 @@
 //! How a container's files get from the host to the guest: its rootfs, its volumes, and the share that carries them.
 //!
-//! [`plan`] and [`volume`] decide without looking at anything but their arguments; [`rootfs`], [`disk`], [`volume::attach`]
-//! and [`share`] act. No path of the host leaves this module towards the guest: what is shared is named by container and number.
+//! [`plan`] and [`volume`] decide without looking at anything but their arguments; [`rootfs`], [`disk`], [`volume::attach`],
+//! [`block_volume`] and [`share`] act. No path of the host leaves this module towards the guest: what is shared is named by
+//! container and number, a disk by its serial.
 
+pub mod block_volume;
 pub mod container;
 pub mod disk;
 pub mod etc;

@@ -5,11 +5,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use bulkhead_tests::cluster::NODE;
 use bulkhead_tests::cluster::table::Row;
 use bulkhead_tests::cluster::user::{SOON, User, wait_for};
 use bulkhead_tests::image::BUSYBOX;
 use bulkhead_tests::row::Runtime;
 
+use crate::volumes::{Claimed, loop_device};
 use crate::workloads::rolled_out;
 
 /// The rows of this subject.
@@ -18,6 +20,7 @@ pub const ROWS: &[Row] = &[
     Row::new("the example pod shows the guest's kernel", example).only(BULKHEAD),
     Row::new("the sized pod has the machine that its annotations ask for", sized).only(BULKHEAD),
     Row::new("the example Deployments answer behind one Service, each with its own kernel", deployments).only(BULKHEAD),
+    Row::new("the pod with a raw block volume shows the size of the device", block_volume).only(BULKHEAD),
 ];
 
 /// What the manifests name themselves.
@@ -29,11 +32,19 @@ fn directory() -> PathBuf {
 
 /// Applies a manifest as it is, but for the image, which no registry is asked for.
 fn apply(user: &User, name: &str) -> Result<()> {
+    apply_with(user, name, &[])
+}
+
+/// Applies a manifest like [`apply`], with each first text replaced by the second, as its comment asks.
+fn apply_with(user: &User, name: &str, replaced: &[(&str, &str)]) -> Result<()> {
     let path = directory().join(name);
-    let text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
-    let image = "image: busybox:stable";
-    ensure!(text.contains(image), "{} names another image", path.display());
-    user.kubectl(&["apply", "-f", "-"]).input(text.replace(image, &format!("image: {BUSYBOX}"))).success()?;
+    let mut text = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+    let image = format!("image: {BUSYBOX}");
+    for (shipped, ours) in replaced.iter().copied().chain([("image: busybox:stable", image.as_str())]) {
+        ensure!(text.contains(shipped), "{} has no {shipped:?}", path.display());
+        text = text.replace(shipped, ours);
+    }
+    user.kubectl(&["apply", "-f", "-"]).input(text).success()?;
     Ok(())
 }
 
@@ -54,7 +65,7 @@ fn all_known(user: &User) -> Result<()> {
     let found: BTreeSet<_> =
         names.filter(|name| Path::new(name).extension().is_some_and(|end| end == "yaml")).collect();
     // A row each, but for the RuntimeClass, which the cluster has been given.
-    let known = ["deployment.yaml", "example-pod.yaml", "runtimeclass.yaml", "sized-pod.yaml"];
+    let known = ["block-volume.yaml", "deployment.yaml", "example-pod.yaml", "runtimeclass.yaml", "sized-pod.yaml"];
     ensure!(found == BTreeSet::from(known.map(str::to_owned)), "the manifests are {found:?}");
     let path = directory().join("runtimeclass.yaml");
     let path = path.to_str().context("a path that is no text")?;
@@ -98,4 +109,17 @@ fn deployments(user: &User) -> Result<()> {
     let guest = user.kubectl(&["exec", "deploy/hello-bulkhead", "--", "uname", "-r"]).success()?.text();
     ensure!(guest != node, "the kernel of the virtual machine is the node's");
     hurry(user)
+}
+
+fn block_volume(user: &User) -> Result<()> {
+    let device = loop_device(user)?;
+    let _claimed = Claimed::of(user, "bulkhead-block-volume");
+    let path = format!("path: {}", device.path);
+    apply_with(user, "block-volume.yaml", &[("path: /dev/vdb", path.as_str()), ("NODE", NODE)])?;
+    user.ready("bulkhead-block-volume")?;
+    let said = user.wait_log("bulkhead-block-volume", "8388608")?;
+    ensure!(said == "8388608", "the pod says {said:?}");
+    let deletion = ["delete", "pod", "bulkhead-block-volume", "--grace-period=1"];
+    user.kubectl(&deletion).deadline(SOON).success()?;
+    Ok(())
 }

@@ -9,6 +9,7 @@ use bulkhead_tests::cluster::NODE;
 use bulkhead_tests::cluster::images::{AGNHOST, PERL};
 use bulkhead_tests::cluster::table::Row;
 use bulkhead_tests::cluster::user::{SOON, User, container_status, wait_for};
+use bulkhead_tests::loop_device::LoopDevice;
 use serde_json::{Value, json};
 
 use crate::life::{PAGE, ended, idle, script, with};
@@ -25,11 +26,8 @@ pub const ROWS: &[Row] = &[
     Row::new("what others write is read at the next open, and with runc a watch is told of it", watches),
     Row::new("a lock on a file of a volume holds in its container, and with runc against everybody", locks),
     Row::new("an emptyDir in memory is shared, as large as asked, and counts for whoever fills it", in_memory),
+    Row::new("a claimed block device is one in the pod, for all its containers, and read-only where asked", raw_block),
 ];
-
-/// Rows that are not in the table yet: the guest has no disks of claims so far.
-#[expect(dead_code, reason = "they join the table when what they promise is there")]
-pub const LATER: &[Row] = &[Row::new("a claimed block device is a block device in the pod", raw_block)];
 
 /// A directory of the node's for this row alone; the machine that runs the tests sees the same one.
 pub fn host_directory(user: &User) -> Result<PathBuf> {
@@ -230,7 +228,7 @@ fn host_path(user: &User) -> Result<()> {
 }
 
 /// A volume of the cluster, and a claim of the row's that it is bound to; the volume is deleted with this value.
-struct Claimed<'a>(&'a User, String);
+pub struct Claimed<'a>(&'a User, String);
 
 impl<'a> Claimed<'a> {
     fn new(user: &'a User, name: &str, mode: &str, source: Value) -> Result<Self> {
@@ -249,6 +247,11 @@ impl<'a> Claimed<'a> {
         let spec = with(json!({"volumeName": claimed.1, "resources": {"requests": size}}), common);
         user.apply(&object("PersistentVolumeClaim", name, json!({"spec": spec})))?;
         Ok(claimed)
+    }
+
+    /// The volume of that name, with whatever claims it.
+    pub fn of(user: &'a User, volume: &str) -> Self {
+        Self(user, volume.to_owned())
     }
 }
 
@@ -296,6 +299,12 @@ fn image(user: &User) -> Result<()> {
     let refused = "touch: /image/new: Read-only file system";
     ensure!(lines == ["/image/agnhost", PAGE, refused], "in the image there is {said:?}");
     Ok(())
+}
+
+/// A block device of the node's for this row alone.
+pub fn loop_device(user: &User) -> Result<LoopDevice<'_>> {
+    let file = host_directory(user)?.join("disk");
+    LoopDevice::new(&file, move |args| user.cluster.inside(&[&["losetup"][..], args].concat()))
 }
 
 /// A container that runs a Perl script.
@@ -395,32 +404,29 @@ fn locks(user: &User) -> Result<()> {
     Ok(())
 }
 
-/// A file of the node's as a block device, which ends with this value.
-struct LoopDevice<'a>(&'a User, String);
-
-impl Drop for LoopDevice<'_> {
-    fn drop(&mut self) {
-        // The kernel lets go of it when the last user has.
-        let _ = self.0.cluster.inside(&["losetup", "--detach", &self.1]).output();
-    }
-}
-
 fn raw_block(user: &User) -> Result<()> {
-    let file = host_directory(user)?.join("disk");
-    let mut content = vec![0; 8 << 20];
-    content[..6].copy_from_slice(b"before");
-    fs::write(&file, &content)?;
-    let path = file.display().to_string();
-    let attached = user.cluster.inside(&["losetup", "--find", "--show", &path]).success()?;
-    let device = LoopDevice(user, attached.text());
-    let _claimed = Claimed::new(user, "disk", "Block", json!({"local": {"path": device.1}}))?;
-    let main = with(idle("main"), json!({"volumeDevices": [{"name": "disk", "devicePath": "/dev/data"}]}));
-    user.ready_pod("disk", json!({"volumes": [claim("disk")], "containers": [main]}))?;
+    let device = loop_device(user)?;
+    let _claimed = Claimed::new(user, "disk", "Block", json!({"local": {"path": device.path}}))?;
+    let devices = json!({"volumeDevices": [{"name": "disk", "devicePath": "/dev/data"}]});
+    let on = |container: Value| with(container, devices.clone());
+    // Has it open all the time, so that what was read of it is remembered.
+    let peer = script("peer", "exec 3</dev/data; head -c 6 <&3; exec sleep 1000000");
+    user.ready_pod("disk", json!({"volumes": [claim("disk")], "containers": [on(idle("main")), on(peer)]}))?;
     let said = user.sh("disk", "test -b /dev/data && head -c 6 /dev/data; echo; blockdev --getsize64 /dev/data")?;
     ensure!(said == "before\n8388608", "of the device, the pod sees {said:?}");
-    user.sh("disk", "echo after | dd of=/dev/data bs=512 seek=1 conv=sync,fsync 2>/dev/null")?;
-    let found = fs::read(&file)?;
-    ensure!(found[512..518] == *b"after\n", "the node's file has {:?}", &found[512..518]);
+    user.sh("disk", "echo after | dd of=/dev/data bs=512 seek=1 conv=sync,fsync,notrunc 2>/dev/null")?;
+    device.written("after\n")?;
+    let read = "dd if=/dev/data bs=512 skip=1 count=1 2>/dev/null | head -n 1";
+    let said = sh_in(user, "disk", "peer", read)?;
+    ensure!(said == "after", "where one container has written, the other sees {said:?}");
+
+    let fixed = json!([{"name": "disk", "persistentVolumeClaim": {"claimName": "disk", "readOnly": true}}]);
+    user.ready_pod("reader", json!({"volumes": fixed, "containers": [on(idle("main"))]}))?;
+    let write = "echo never | dd of=/dev/data bs=512 seek=1 conv=sync,notrunc 2>&1; true";
+    let said = user.sh("reader", &format!("{read}; {write}"))?;
+    ensure!(said.starts_with("after\n") && said.contains("Operation not permitted"), "who may only read says {said:?}");
+    device.written("after\n")?;
+    user.delete("pod", "reader")?;
     user.delete("pod", "disk")
 }
 

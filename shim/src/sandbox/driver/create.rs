@@ -348,10 +348,12 @@ async fn make(access: &Access, task: &CreateTask, guest: spec::GuestSpec, target
     };
     let root_path = PathBuf::from(spec::string(&task.spec, "/root/path"));
     let premounted = (!root_path.as_os_str().is_empty()).then_some(root_path.as_path());
-    let (storage, in_guest) =
+    let (mut storage, in_guest) =
         ContainerStorage::attach(&access.place, owner, &task.rootfs, premounted, &mut guest_spec).await?;
+    let block_devices = storage.attach_block_volumes(&access.place, &guest.block_volumes).await;
     stopwatch.lap("storage");
     let made = async {
+        let block_devices = block_devices?;
         let logged = Logged { id: &task.id.0, namespace: &access.namespace };
         let (stdio, told) = Stdio::open(&task.stdio, logged, &access.listener, &access.streams).await?;
         let request = agent::CreateContainerRequest {
@@ -367,6 +369,7 @@ async fn make(access: &Access, task: &CreateTask, guest: spec::GuestSpec, target
             }
             .into(),
             pid_namespace_target: target,
+            block_devices,
         };
         match access.guest.create_container(request).await {
             Ok(answer) => Ok((stdio, answer)),

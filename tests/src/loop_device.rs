@@ -1,0 +1,52 @@
+//! A file as a block device of the machine.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, ensure};
+
+use crate::command::Run;
+
+/// How large the file is.
+pub const SIZE: usize = 8 << 20;
+/// Where in it something is written; [`LoopDevice::new`] writes at the beginning.
+pub const WRITTEN_AT: usize = 512;
+
+/// A loop device and the file behind it, which is there until this value goes.
+pub struct LoopDevice<'a> {
+    /// The device's node.
+    pub path: String,
+    file: PathBuf,
+    losetup: Box<dyn Fn(&[&str]) -> Run + 'a>,
+}
+
+impl<'a> LoopDevice<'a> {
+    /// Makes `file`, which begins with `before`, and its device, with the given `losetup`.
+    pub fn new(file: &Path, losetup: impl Fn(&[&str]) -> Run + 'a) -> Result<Self> {
+        let mut content = vec![0; SIZE];
+        content[..6].copy_from_slice(b"before");
+        fs::write(file, &content).with_context(|| format!("write {}", file.display()))?;
+        let path = losetup(&["--find", "--show", &file.display().to_string()]).success()?.text();
+        Ok(Self { path, file: file.to_owned(), losetup: Box::new(losetup) })
+    }
+
+    /// A device of the machine that runs the tests.
+    pub fn here(file: &Path) -> Result<Self> {
+        Self::new(file, |args| Run::new("/sbin/losetup").args(args))
+    }
+
+    /// Fails unless `text` is in the file at [`WRITTEN_AT`].
+    pub fn written(&self, text: &str) -> Result<()> {
+        let content = fs::read(&self.file).with_context(|| format!("read {}", self.file.display()))?;
+        let found = String::from_utf8_lossy(&content[WRITTEN_AT..WRITTEN_AT + text.len()]);
+        ensure!(found == text, "the file behind {} has {found:?} where {text:?} was written", self.path);
+        Ok(())
+    }
+}
+
+impl Drop for LoopDevice<'_> {
+    fn drop(&mut self) {
+        // The kernel lets go of it when the last user has.
+        let _ = (self.losetup)(&["--detach", &self.path]).output();
+    }
+}
