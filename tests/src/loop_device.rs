@@ -17,8 +17,11 @@ pub struct LoopDevice<'a> {
     /// The device's node.
     pub path: String,
     file: PathBuf,
-    losetup: Box<dyn Fn(&[&str]) -> Run + 'a>,
+    losetup: Losetup<'a>,
 }
+
+/// Runs losetup(8) with arguments where the device is to be.
+type Losetup<'a> = Box<dyn Fn(&[&str]) -> Run + 'a>;
 
 impl<'a> LoopDevice<'a> {
     /// Makes `file`, which begins with `before`, and its device, with the given `losetup`.
