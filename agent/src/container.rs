@@ -151,6 +151,7 @@ impl Container {
         for source in spec.mounts.iter().filter_map(|(_, source)| source.as_ref()) {
             match source {
                 Source::Share(path) => drop(mount::shared(path)?),
+                Source::InShare { path, at } => mounts.bind(&mount::open_shared(path)?, at)?,
                 Source::Memory { path, at } => mounts.bind(&volume::open(path)?, at)?,
                 Source::Shm => {}
             }
@@ -552,7 +553,9 @@ fn make_cwd(spec: &Spec, rootfs: &Path) -> Result<()> {
     let made = match spec.mount_of(cwd) {
         None => mount::make_directories(rootfs, cwd),
         Some((below, Some(Source::Share(path)))) => mount::make_directories(&mount::shared(&path)?, &below),
-        Some((below, Some(Source::Memory { at, .. }))) => mount::make_directories(&at, &below),
+        Some((below, Some(Source::InShare { at, .. } | Source::Memory { at, .. }))) => {
+            mount::make_directories(&at, &below)
+        }
         // A file system that does not exist yet; its own root is all there is.
         Some((_, Some(Source::Shm) | None)) => Ok(()),
     };

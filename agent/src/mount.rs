@@ -130,13 +130,25 @@ pub fn unmount(target: &Path) -> Result<()> {
 
 /// The guest path of `path` below the share, which must exist there and lead through no symbolic link.
 pub fn shared(path: &str) -> Result<PathBuf> {
+    open_shared(path).map(|_exists| Path::new(SHARE).join(path))
+}
+
+/// Opens `path` below the share as a place to be bound from; it must lead through no symbolic link.
+///
+/// What the host has mounted there is a file system that the kernel mounts when a path leads into it, anew in each mount
+/// namespace. Those of containers are copies of this one: they all have it once this one has.
+pub fn open_shared(path: &str) -> Result<OwnedFd> {
     let below = spec::share_path(path)?;
     let share =
         open_directory(Path::new(SHARE)).map_err(|error| Error::precondition(format!("open the share: {error}")))?;
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
-    openat2(&share, below, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)
-        .map_err(|error| Error::invalid(format!("{path} below the share: {error}")))?;
-    Ok(Path::new(SHARE).join(below))
+    let open = |flags| openat2(&share, below, OFlags::PATH | OFlags::CLOEXEC | flags, Mode::empty(), resolve);
+    // Only who asks for a directory enters it.
+    let opened = match open(OFlags::DIRECTORY) {
+        Err(rustix::io::Errno::NOTDIR) => open(OFlags::empty()),
+        opened => opened,
+    };
+    opened.map_err(|error| Error::invalid(format!("{path} below the share: {error}")))
 }
 
 /// Unmounts what the kernel has mounted by itself for the container `id` below the share. Blocks.

@@ -54,8 +54,15 @@ pub struct Spec {
 /// What a mount of a container is bound from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source {
-    /// Path below the share.
+    /// Path below the share, of what the host has mounted there.
     Share(String),
+    /// Path below the share, in what the host has mounted there: containers may have links in it.
+    InShare {
+        /// The path.
+        path: String,
+        /// Where the agent has to bind it before.
+        at: PathBuf,
+    },
     /// A memory-backed volume of the pod's, or a part of it.
     Memory {
         /// The volume's name, and the path in it.
@@ -73,19 +80,22 @@ impl Source {
         if source == SHM_SOURCE {
             return Ok(Some(Self::Shm));
         }
+        let at = || guest.rootfs.with_file_name("volumes").join(index.to_string());
         if let Some(path) = source.strip_prefix(SHARE_SCHEME) {
-            return share_path(path).map(|path| Some(Self::Share(path.to_owned())));
+            let path = share_path(path)?.to_owned();
+            // `<container or directory>/<number>` is a mount of the host's.
+            let is_part = path.split('/').count() > 2;
+            return Ok(Some(if is_part { Self::InShare { path, at: at() } } else { Self::Share(path) }));
         }
         let Some(path) = source.strip_prefix(MEMORY_SCHEME) else { return Ok(None) };
-        let at = guest.rootfs.with_file_name("memory").join(index.to_string());
-        share_path(path).map(|path| Some(Self::Memory { path: path.to_owned(), at }))
+        share_path(path).map(|path| Some(Self::Memory { path: path.to_owned(), at: at() }))
     }
 
     /// Its guest path.
     fn guest_path(&self) -> String {
         match self {
             Self::Share(path) => format!("{SHARE}/{path}"),
-            Self::Memory { at, .. } => at.display().to_string(),
+            Self::InShare { at, .. } | Self::Memory { at, .. } => at.display().to_string(),
             Self::Shm => SHM.to_owned(),
         }
     }
@@ -376,13 +386,15 @@ mod tests {
             { "destination": "/dev/shm", "source": "shm:", "options": ["rbind"] },
             { "destination": "/proc", "type": "proc" },
             { "destination": "/cache", "source": "memory:cache/sub", "options": ["rbind"] },
+            { "destination": "/part", "source": "share:_volumes/0/sub", "options": ["rbind"] },
         ]});
         let spec = rewritten(&mounts).expect("rewrite");
         let sources: Vec<_> = spec.config["mounts"].as_array().expect("array").iter().map(|m| &m["source"]).collect();
-        assert_eq!(sources, ["/run/bulkhead/share/c1/0", "/dev/shm", "proc", "/memory/3"]);
+        assert_eq!(sources, ["/run/bulkhead/share/c1/0", "/dev/shm", "proc", "/volumes/3", "/volumes/4"]);
         let found: Vec<_> = spec.mounts.into_iter().filter_map(|(_, source)| source).collect();
-        let cache = Source::Memory { path: "cache/sub".into(), at: "/memory/3".into() };
-        assert_eq!(found, [Source::Share("c1/0".into()), Source::Shm, cache]);
+        let cache = Source::Memory { path: "cache/sub".into(), at: "/volumes/3".into() };
+        let part = Source::InShare { path: "_volumes/0/sub".into(), at: "/volumes/4".into() };
+        assert_eq!(found, [Source::Share("c1/0".into()), Source::Shm, cache, part]);
     }
 
     #[test]

@@ -146,6 +146,15 @@ pub enum Propagation {
     Slave,
 }
 
+/// Tells one source from another, whatever their paths.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Identity {
+    device: u64,
+    inode: u64,
+    /// What its mount forbids.
+    flags: u64,
+}
+
 /// A detached copy of a mounted tree, ready to be attached in the pod's namespace.
 #[derive(Debug)]
 pub struct Tree {
@@ -190,6 +199,13 @@ impl Tree {
     /// What the source is.
     pub fn file_type(&self) -> FileType {
         self.file_type
+    }
+
+    /// Which source it is.
+    pub fn identity(&self) -> Result<Identity> {
+        let (what, mounted) = (rustix::fs::fstat(&self.fd), rustix::fs::fstatvfs(&self.fd));
+        let (what, mounted) = (what.or_kind(Kind::Internal, "stat")?, mounted.or_kind(Kind::Internal, "statvfs")?);
+        Ok(Identity { device: what.st_dev, inode: what.st_ino, flags: mounted.f_flag.bits() })
     }
 
     /// Whether the source lies in procfs, sysfs or a cgroup hierarchy.

@@ -48,6 +48,7 @@ use crate::sandbox::spec::SandboxSpec;
 use crate::sizing::{self, Ceiling, Host, VmSize};
 use crate::stopwatch::Stopwatch;
 use crate::storage::block_volume::BlockVolumes;
+use crate::storage::common::CommonVolumes;
 use crate::storage::container::Place;
 use crate::storage::etc::EtcFiles;
 use crate::storage::share::{Share, ShareLaunch};
@@ -580,7 +581,13 @@ async fn assemble(
         guest,
         listener,
         streams: identity.streams.clone(),
-        place: Place { host, share, disks: vm.disks(), block_volumes: BlockVolumes::default() },
+        place: Place {
+            host,
+            share,
+            disks: vm.disks(),
+            block_volumes: BlockVolumes::default(),
+            common_volumes: CommonVolumes::default(),
+        },
         etc,
         user_namespace: request.spec.user_namespace.clone(),
         ceiling: Ceiling { limits: request.spec.limits, size: plan.size },

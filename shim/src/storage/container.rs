@@ -7,9 +7,10 @@ use bulkhead_proto::agent::{BlockDevice, GuestMount, MemoryVolume};
 use serde_json::Value;
 
 use super::block_volume::{self, BlockVolume, BlockVolumes, Lease};
+use super::common::CommonVolumes;
 use super::plan::{self, Mount, RootfsPlan};
 use super::volume::{self, Owner};
-use super::{disk, memory, rootfs};
+use super::{common, disk, empty_dir, memory, rootfs};
 use crate::device::block::PluggedDisk;
 use crate::error::{Error, Result};
 use crate::host::HostThread;
@@ -28,6 +29,8 @@ pub struct Place {
     pub disks: Option<Disks>,
     /// Of all its containers.
     pub block_volumes: BlockVolumes,
+    /// Directories in the share that are not one container's.
+    pub common_volumes: CommonVolumes,
 }
 
 /// What a container has until [`ContainerStorage::detach`], or until the pod ends.
@@ -61,8 +64,10 @@ impl ContainerStorage {
     ) -> Result<(Self, InGuest)> {
         let rootfs_plan = plan::plan_rootfs(mounts, root_path)?;
         let mut volume_plan = volume::plan_volumes(spec, owner)?;
-        let memory_volumes = memory::claim(owner, &mut volume_plan).await?;
+        let empty_dirs = empty_dir::look(owner, &volume_plan).await?;
+        let memory_volumes = memory::claim(owner, &empty_dirs, &mut volume_plan).await?;
         volume::spare_mounts_below(owner.container_id, &mut volume_plan).await?;
+        common::attach(place, owner, &empty_dirs, &mut volume_plan).await?;
         for note in &volume_plan.notes {
             tracing::info!(container_id = owner.container_id, note, "a mount means something else in the guest");
         }

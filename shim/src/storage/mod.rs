@@ -5,8 +5,10 @@
 //! container and number, a disk by its serial.
 
 pub mod block_volume;
+pub mod common;
 pub mod container;
 pub mod disk;
+pub mod empty_dir;
 pub mod etc;
 pub mod layers;
 pub mod memory;

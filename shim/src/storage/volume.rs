@@ -7,7 +7,7 @@
 //! | proc, sysfs, tmpfs, devpts, mqueue, cgroup and their like | the same: the guest's own |
 //! | bind of the sandbox's shm directory, or of the host's `/dev/shm`, to `/dev/shm` | the pod-wide `/dev/shm` (`shm:`) |
 //! | bind of a memory-backed `emptyDir` | a tmpfs of the guest (`memory:<volume>`); see [`super::memory`] |
-//! | bind of any other file or directory | bound from the share (`share:<container>/<n>`) |
+//! | bind of any other file or directory | bound from the share (`share:<container>/<n>`, or, for what containers of a pod have in common, see [`super::common`]) |
 //! | bind of a kernel file system of the host (`/proc`, `/sys`, `/sys/fs/cgroup`, `/dev`, ...) | a fresh one of that type, which shows the guest's kernel: the host's would describe the wrong machine |
 //! | bind of anything below `/proc`, `/sys` or `/dev` | refused: there is nothing in the guest that could be meant |
 //! | any other type | refused |
@@ -302,6 +302,12 @@ fn plan_mount(mount: &SpecMount, owner: Owner<'_>, plan: &mut VolumePlan) -> Res
 }
 
 impl VolumePlan {
+    /// Takes a bind out, so that nothing is attached for it; its number stays its own.
+    pub(super) fn take_bind(&mut self, index: usize) -> Option<Bind> {
+        let at = self.binds.iter().position(|bind| bind.index == index)?;
+        Some(self.binds.remove(at))
+    }
+
     /// The guest's mount of the bind `index` of `container_id`.
     pub(super) fn guest_mount_of(&mut self, container_id: &str, index: usize) -> Option<&mut Map<String, Value>> {
         let shared = json!(share_source(container_id, index));
@@ -426,8 +432,11 @@ pub async fn spare_mounts_below(container_id: &str, plan: &mut VolumePlan) -> Re
     Ok(())
 }
 
+/// User namespaces for id-mapped volumes, by their maps.
+pub(super) type Namespaces = Vec<(IdMappings, OwnedFd)>;
+
 /// Clones a bind's source; `namespaces` are those of the container's id-mapped volumes, most often one for all of them.
-fn open(bind: Bind, namespaces: &mut Vec<(IdMappings, OwnedFd)>) -> Result<(Bind, Tree)> {
+pub(super) fn open(bind: Bind, namespaces: &mut Namespaces) -> Result<(Bind, Tree)> {
     let context = || format!("error mounting \"{}\" to rootfs at {:?}", bind.source.display(), bind.destination);
     let tree = Tree::open(&bind.source, bind.recursive).map_err(|error| error.context(context()))?;
     // A symbolic link may have led to where the plan would not have gone.

@@ -20,6 +20,7 @@ use bulkhead_shim::sandbox::spec::{SHM_BYTES, SandboxSpec};
 use bulkhead_shim::sandbox::{CreateTask, ExecTask, SandboxHandle};
 use bulkhead_shim::sizing::{Ceiling, Limits, VmSize};
 use bulkhead_shim::storage::block_volume::BlockVolumes;
+use bulkhead_shim::storage::common::CommonVolumes;
 use bulkhead_shim::storage::container::Place;
 use bulkhead_shim::storage::etc::EtcFiles;
 use bulkhead_shim::storage::plan::Mount;
@@ -290,7 +291,13 @@ async fn boot(root: PathBuf, lost: CancellationToken, shared: SharedAgent, reque
     let (guest, _guest_task, _hello) = Guest::connect(control, request.guest_events).await?;
     let share = root.join("share");
     let host = HostThread::start(namespace::prepare(share.clone()))?;
-    let place = Place { host, share: ShareRoot::new(share), disks: None, block_volumes: BlockVolumes::default() };
+    let place = Place {
+        host,
+        share: ShareRoot::new(share),
+        disks: None,
+        block_volumes: BlockVolumes::default(),
+        common_volumes: CommonVolumes::default(),
+    };
     let etc = request.spec.etc.as_ref().map(|etc| EtcFiles::write(&root, etc).expect("writes"));
     let ceiling = Ceiling { limits: request.spec.limits, size: VmSize { vcpus: 1, memory_mib: 256 } };
     let access = Access {

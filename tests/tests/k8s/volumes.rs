@@ -23,8 +23,9 @@ pub const ROWS: &[Row] = &[
     Row::new("a hostPath is of the kind asked for, shows changes and mounts, and is read-only where asked", host_path),
     Row::new("what is written to a claimed volume is there for the next pod", claims),
     Row::new("an image is a read-only volume, whole or in part", image),
-    Row::new("what others write is read at the next open, and with runc a watch is told of it", watches),
-    Row::new("a lock on a file of a volume holds in its container, and with runc against everybody", locks),
+    Row::new("a watch tells what the pod's containers write, and with runc what the node does", watches),
+    Row::new("a lock on a file of a volume holds in its pod, and with runc against everybody", locks),
+    Row::new("containers of a pod meet in their volumes: by sockets, FIFOs and mappings, whole or in part", meeting),
     Row::new("an emptyDir in memory is shared, as large as asked, and counts for whoever fills it", in_memory),
     Row::new("a claimed block device is one in the pod, for all its containers, and read-only where asked", raw_block),
 ];
@@ -354,7 +355,7 @@ fn watches(user: &User) -> Result<()> {
     // Events come in order, so those of the writes before have come by now, or never will.
     let told = wait_told("own")?;
     let expected: &[&str] =
-        if user.is_bulkhead() { &["watching", "own"] } else { &["watching", "node", "peer", "own"] };
+        if user.is_bulkhead() { &["watching", "peer", "own"] } else { &["watching", "node", "peer", "own"] };
     ensure!(told.lines().collect::<Vec<_>>() == expected, "the watch tells {told:?}");
     Ok(())
 }
@@ -394,12 +395,87 @@ fn locks(user: &User) -> Result<()> {
     let elsewhere = if user.is_bulkhead() { BOTH } else { "" };
     for (who, locked, expected) in [
         ("the same container", of("locker", "main")?, ""),
-        ("another container of the pod", of("locker", "peer")?, elsewhere),
+        ("another container of the pod", of("locker", "peer")?, ""),
         ("another pod", of("other", "main")?, elsewhere),
         ("the node", user.cluster.inside(&["/usr/bin/perl", "-e", LOCK, &path]).success()?, elsewhere),
     ] {
         let locked = locked.text();
         ensure!(locked == expected, "{who} could lock the file by {locked:?}");
+    }
+    Ok(())
+}
+
+/// Serves a socket `s` and fills a FIFO `f` in the first directory; then maps the file `m` of it and waits for the other side
+/// to write to its own mapping.
+///
+/// 1 is `AF_UNIX`, and `SOCK_STREAM`. 9 and 0 are mmap(2) and read(2) of x86-64; 3 and 1 are `PROT_READ | PROT_WRITE` and
+/// `MAP_SHARED`.
+const MEETING: &str = r#"
+    $| = 1;
+    my ($directory, $serves) = @ARGV;
+    my $address = pack("Sa108", 1, "$directory/s");
+    open(my $file, "+<", "$directory/m") or die "open: $!";
+    my $at = syscall(9, 0, 4096, 3, 1, fileno($file), 0);
+    if ($serves) {
+        socket(my $server, 1, 1, 0) or die "socket: $!";
+        bind($server, $address) or die "bind: $!";
+        listen($server, 1) or die "listen: $!";
+        print "listening\n";
+        accept(my $client, $server) or die "accept: $!";
+        print {$client} "by socket\n";
+        close($client);
+        open(my $fifo, ">", "$directory/f") or die "open: $!";
+        print {$fifo} "by FIFO\n";
+        close($fifo);
+        until (unpack("P4", pack("Q", $at)) eq "seen") { select(undef, undef, undef, 0.05) }
+        print "mapped\n";
+        sleep;
+    }
+    socket(my $client, 1, 1, 0) or die "socket: $!";
+    connect($client, $address) or die "connect: $!";
+    print <$client>;
+    open(my $fifo, "<", "$directory/f") or die "open: $!";
+    print <$fifo>;
+    # read(2) into the mapping.
+    pipe(my $from, my $to);
+    syswrite($to, "seen");
+    syscall(0, fileno($from), $at, 4);
+"#;
+
+fn meeting(user: &User) -> Result<()> {
+    let data = host_directory(user)?;
+    let volumes = json!([{"name": "work", "emptyDir": {}}, {"name": "data", "hostPath": {"path": data}}]);
+    let prepare = script("prepare", "for d in /work/part /data; do mkfifo $d/f; head -c 4096 /dev/zero > $d/m; done");
+    let whole = mounts(json!([{"name": "work", "mountPath": "/work"}, {"name": "data", "mountPath": "/data"}]));
+    let prepare = with(
+        prepare,
+        mounts(json!([
+            {"name": "work", "mountPath": "/work/part", "subPath": "part"}, {"name": "data", "mountPath": "/data"},
+        ])),
+    );
+    let part = mounts(json!([{"name": "work", "mountPath": "/mine", "subPath": "part"}]));
+    let spec = json!({
+        "volumes": volumes, "initContainers": [prepare],
+        "containers": [
+            with(perl("in-part", MEETING, &["/mine", "serve"]), part),
+            with(perl("in-whole", MEETING, &["/data", "serve"]), whole.clone()),
+            with(with(idle("peer"), json!({"image": PERL})), whole),
+        ],
+    });
+    user.ready_pod("meeting", spec)?;
+    let told = |container: &str, line: &str| {
+        wait_for(&format!("{container} to say {line}"), SOON, || {
+            let told = logs_of(user, "meeting", container)?;
+            ensure!(told.lines().last() == Some(line), "it says {told:?}");
+            Ok(())
+        })
+    };
+    for (container, directory) in [("in-part", "/work/part"), ("in-whole", "/data")] {
+        told(container, "listening")?;
+        let meet = ["exec", "meeting", "-c", "peer", "--", "perl", "-e", MEETING, directory];
+        let said = user.kubectl(&meet).success()?.text();
+        ensure!(said == "by socket\nby FIFO", "in {directory}, the other container was told {said:?}");
+        told(container, "mapped")?;
     }
     Ok(())
 }
