@@ -148,10 +148,15 @@ impl Container {
         for volume in &request.memory_volumes {
             services.volumes.make(volume)?;
         }
+        let own = format!("{id}/");
         for source in spec.mounts.iter().filter_map(|(_, source)| source.as_ref()) {
             match source {
-                Source::Share(path) => drop(mount::shared(path)?),
-                Source::InShare { path, at } => mounts.bind(&mount::open_shared(path)?, at)?,
+                Source::Share(path) if path.starts_with(&own) => drop(mount::shared(path)?),
+                Source::Share(path) => drop(mounts.enter(&services.common, path)?),
+                Source::InShare { path, at } => {
+                    let opened = mounts.enter(&services.common, path)?;
+                    mounts.bind(&opened, at)?;
+                }
                 Source::Memory { path, at } => mounts.bind(&volume::open(path)?, at)?,
                 Source::Shm => {}
             }

@@ -3,10 +3,12 @@
 //! A [`Stack`] remembers what it mounted and takes it down in reverse. What the containers' own mount namespaces hold is
 //! libcontainer's.
 
+use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bulkhead_proto::agent::{GuestMount, guest_mount::Source};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -20,6 +22,8 @@ use crate::spec::{self, SHARE, SHM};
 #[derive(Debug, Default)]
 pub struct Stack {
     targets: Vec<PathBuf>,
+    /// Paths below the share that were entered.
+    entered: Vec<(Arc<CommonMounts>, String)>,
 }
 
 impl Stack {
@@ -62,6 +66,13 @@ impl Stack {
         Ok(())
     }
 
+    /// Opens a path below the share, in what the host has mounted there for several containers.
+    pub fn enter(&mut self, common: &Arc<CommonMounts>, path: &str) -> Result<OwnedFd> {
+        let opened = common.enter(path)?;
+        self.entered.push((Arc::clone(common), path.to_owned()));
+        Ok(opened)
+    }
+
     /// Unmounts everything; tries every mount, keeps what stays mounted for another try, and returns the first error. Blocks.
     pub fn unmount(&mut self) -> Result<()> {
         let (mut left, mut first) = (Vec::new(), Ok(()));
@@ -73,7 +84,8 @@ impl Stack {
         }
         left.reverse();
         self.targets = left;
-        first
+        let left = self.entered.drain(..).map(|(common, path)| common.leave(&path));
+        left.fold(first, Result::and)
     }
 }
 
@@ -149,6 +161,47 @@ pub fn open_shared(path: &str) -> Result<OwnedFd> {
         opened => opened,
     };
     opened.map_err(|error| Error::invalid(format!("{path} below the share: {error}")))
+}
+
+/// What the host has mounted in the share for several containers, by its path there, and how many binds of it there are.
+///
+/// The kernel mounts it in the guest when a path leads into it, and each time as another file system: containers have one in
+/// common only if it stays from the first to the last of them.
+#[derive(Debug, Default)]
+pub struct CommonMounts {
+    binds: Mutex<HashMap<String, usize>>,
+}
+
+impl CommonMounts {
+    /// Opens `path` below the share as [`open_shared`] does, and keeps what it is in until [`Self::leave`].
+    fn enter(&self, path: &str) -> Result<OwnedFd> {
+        let mut binds = self.lock();
+        // Entered first: nobody leaves what could not be.
+        let opened = open_shared(path)?;
+        *binds.entry(mount_in_share(path).to_owned()).or_default() += 1;
+        Ok(opened)
+    }
+
+    /// Gives back what was entered by `path`. The last to do so unmounts it.
+    fn leave(&self, path: &str) -> Result<()> {
+        let (mut binds, mounted) = (self.lock(), mount_in_share(path));
+        let Some(count) = binds.get_mut(mounted) else { return Ok(()) };
+        *count -= 1;
+        if *count > 0 {
+            return Ok(());
+        }
+        binds.remove(mounted);
+        unmount(&Path::new(SHARE).join(mounted))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, usize>> {
+        self.binds.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The part of a path below the share that is a mount of the host's: `<directory>/<number>`.
+fn mount_in_share(path: &str) -> &str {
+    path.match_indices('/').nth(1).map_or(path, |(end, _)| &path[..end])
 }
 
 /// Unmounts what the kernel has mounted by itself for the container `id` below the share. Blocks.
@@ -311,6 +364,13 @@ mod tests {
         let expected = "lowerdir=/c/l1:/c/l0,upperdir=/c/rw/up,workdir=/c/rw/work,xino=off";
         assert_eq!(placed.expect("placed"), expected);
         assert!(place_layers("lowerdir=/../x", Path::new("/c")).is_err());
+    }
+
+    #[test]
+    fn the_mount_of_a_path_in_the_share_is_its_first_two_parts() {
+        for path in ["_volumes/3", "_volumes/3/a", "_volumes/3/a/b"] {
+            assert_eq!(mount_in_share(path), "_volumes/3");
+        }
     }
 
     #[test]

@@ -23,6 +23,7 @@ use crate::error::{During, Error, Result};
 use crate::events::Events;
 use crate::idmap::{IdMap, Owner};
 use crate::link::Host;
+use crate::mount::CommonMounts;
 use crate::namespaces::Namespaces;
 use crate::reaper::{ExitStatus, Reaper};
 use crate::runtime::spawner::Spawner;
@@ -54,6 +55,8 @@ pub struct Services {
     pub cancel: CancellationToken,
     /// Volumes that are the guest's own.
     pub volumes: MemoryVolumes,
+    /// Volumes in the share that containers have in common.
+    pub common: Arc<CommonMounts>,
     spawner: Arc<Spawner>,
     namespaces: OnceLock<Arc<Namespaces>>,
 }
@@ -69,6 +72,7 @@ impl Services {
             tracker: TaskTracker::new(),
             cancel: CancellationToken::new(),
             volumes: MemoryVolumes::default(),
+            common: Arc::default(),
             spawner: Arc::default(),
             namespaces: OnceLock::new(),
         })

@@ -3,13 +3,13 @@
 //!
 //! Each mount below the share is a file system of its own in the guest. Through two of them one file would be two: locks,
 //! watches, shared mappings, FIFOs and sockets would not reach from one container to the next, as sidecars expect it. So a
-//! directory is attached for the first container that has it, and stays until the pod ends.
+//! directory is attached for the first container that has it, and goes with the last.
 //!
 //! One with other mounts below it is not: what those are is decided anew for each container. Nor is a file: what is bound
 //! from it is its content alone.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bulkhead_proto::SHARE_SCHEME;
 use serde_json::json;
@@ -18,14 +18,35 @@ use super::container::Place;
 use super::empty_dir::InEmptyDir;
 use super::volume::{self, Bind, Ids, Owner, VolumePlan};
 use crate::error::{Error, Result};
-use crate::namespace::{Access, Identity, Propagation, Tree};
+use crate::namespace::{Access, Identity, Propagation, ShareRoot, Tree};
 
 /// Directory of them in the share; no id of a container begins like this.
 const DIRECTORY: &str = "_volumes";
 
-/// The directories that a pod's containers have in common; a clone is the same.
+/// The directories that a pod's containers have in common; a clone is the same. Locked on the host thread only, which mounts
+/// and unmounts them.
 #[derive(Debug, Clone, Default)]
-pub struct CommonVolumes(Arc<Mutex<Vec<Key>>>);
+pub struct CommonVolumes(Arc<Mutex<Attached>>);
+
+#[derive(Debug, Default)]
+struct Attached {
+    /// How many there ever were: no number is given twice, since the guest may not have forgotten yet what it meant.
+    named: usize,
+    there: Vec<Common>,
+}
+
+#[derive(Debug)]
+struct Common {
+    key: Key,
+    number: usize,
+    /// Binds of containers that have it.
+    leases: usize,
+}
+
+/// A container's part in a directory, until [`detach`].
+#[derive(Debug)]
+#[must_use = "the directory stays until the last lease of it is given back"]
+pub struct Lease(usize);
 
 /// What two containers must want alike to have one.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,13 +66,19 @@ struct Candidate {
 }
 
 /// Attaches those of the plan's binds that a pod's containers may have in common, or finds them, and takes them out of the
-/// plan; their mounts name them. `empty_dirs` are those among the binds that lie in one of the pod's own.
+/// plan; their mounts name them. `empty_dirs` are those among the binds that lie in one of the pod's own. On an error nothing
+/// is left.
 ///
 /// Not cancel safe: run it as a job.
-pub async fn attach(place: &Place, owner: Owner<'_>, empty_dirs: &[InEmptyDir], plan: &mut VolumePlan) -> Result<()> {
+pub async fn attach(
+    place: &Place,
+    owner: Owner<'_>,
+    empty_dirs: &[InEmptyDir],
+    plan: &mut VolumePlan,
+) -> Result<Vec<Lease>> {
     // A container by itself has nobody to have something in common with.
     if plan.binds.is_empty() || owner.sandbox_id == owner.container_id {
-        return Ok(());
+        return Ok(Vec::new());
     }
     let candidates: Vec<Candidate> = plan.binds.iter().map(|bind| Candidate::new(bind, empty_dirs)).collect();
     // Not on the host thread: a source is what the host's own mount table says now.
@@ -63,30 +90,89 @@ pub async fn attach(place: &Place, owner: Owner<'_>, empty_dirs: &[InEmptyDir], 
     let opened = opened.await.map_err(|error| Error::internal(format!("open the volumes: {error}")))??;
     let (share, common) = (place.share.clone(), place.common_volumes.clone());
     let attached = place.host.run(move || {
-        let attach = |(candidate, key, tree): (Candidate, Key, Tree)| -> Result<(usize, String)> {
-            let mut common = common.0.lock().unwrap_or_else(PoisonError::into_inner);
-            let found = common.iter().position(|known| *known == key);
-            let number = found.unwrap_or(common.len());
-            let path = Path::new(DIRECTORY).join(number.to_string());
-            if found.is_none() {
-                let target = share.mount_point(&path, true)?;
-                let Bind { source, destination, .. } = &candidate.bind;
-                tree.attach(&target, key.access, key.propagation)
-                    .map_err(|error| error.context(format!("mount \"{}\" to {destination:?}", source.display())))?;
-                common.push(key);
+        let mut attached = common.lock();
+        let mut leases = Vec::new();
+        for (candidate, key, tree) in opened {
+            match attached.take(&share, &candidate, key, tree) {
+                Ok(lease) => leases.push((candidate, lease)),
+                Err(error) => {
+                    for (_, lease) in leases {
+                        if let Err(left) = attached.give_back(&share, lease) {
+                            tracing::warn!(error = %left, "a volume of a container that failed is left in the share");
+                        }
+                    }
+                    return Err(error.into());
+                }
             }
-            let source = path.join(&candidate.below);
-            Ok((candidate.bind.index, format!("{SHARE_SCHEME}{}", source.display().to_string().trim_end_matches('/'))))
-        };
-        Ok(opened.into_iter().map(attach).collect::<Result<Vec<_>>>()?)
+        }
+        Ok(leases)
     });
-    for (index, source) in attached.await? {
-        if let Some(mount) = plan.guest_mount_of(owner.container_id, index) {
+    let mut leases = Vec::new();
+    for (Candidate { bind, below }, lease) in attached.await? {
+        let path = path(lease.0).join(below);
+        let source = format!("{SHARE_SCHEME}{}", path.display().to_string().trim_end_matches('/'));
+        if let Some(mount) = plan.guest_mount_of(owner.container_id, bind.index) {
             mount.insert("source".into(), json!(source));
         }
-        plan.take_bind(index);
+        plan.take_bind(bind.index);
+        leases.push(lease);
     }
-    Ok(())
+    Ok(leases)
+}
+
+/// Gives leases back; the guest must have let go of what they were for. Tries all.
+///
+/// Not cancel safe: run it as a job.
+pub async fn detach(place: &Place, leases: Vec<Lease>) -> Result<()> {
+    if leases.is_empty() {
+        return Ok(());
+    }
+    let (share, common) = (place.share.clone(), place.common_volumes.clone());
+    let detached = place.host.run(move || {
+        let mut attached = common.lock();
+        let given_back = leases.into_iter().map(|lease| attached.give_back(&share, lease));
+        Ok(given_back.fold(Ok(()), Result::and)?)
+    });
+    Ok(detached.await?)
+}
+
+/// Where a directory is in the share.
+fn path(number: usize) -> PathBuf {
+    Path::new(DIRECTORY).join(number.to_string())
+}
+
+impl CommonVolumes {
+    fn lock(&self) -> MutexGuard<'_, Attached> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Attached {
+    fn take(&mut self, share: &ShareRoot, candidate: &Candidate, key: Key, tree: Tree) -> Result<Lease> {
+        if let Some(found) = self.there.iter_mut().find(|common| common.key == key) {
+            found.leases += 1;
+            return Ok(Lease(found.number));
+        }
+        let number = self.named;
+        let target = share.mount_point(&path(number), true)?;
+        self.named += 1;
+        let Bind { source, destination, .. } = &candidate.bind;
+        tree.attach(&target, key.access, key.propagation)
+            .map_err(|error| error.context(format!("mount \"{}\" to {destination:?}", source.display())))?;
+        self.there.push(Common { key, number, leases: 1 });
+        Ok(Lease(number))
+    }
+
+    fn give_back(&mut self, share: &ShareRoot, Lease(number): Lease) -> Result<()> {
+        let Some(at) = self.there.iter().position(|common| common.number == number) else { return Ok(()) };
+        self.there[at].leases -= 1;
+        if self.there[at].leases > 0 {
+            return Ok(());
+        }
+        self.there.remove(at);
+        // The last one takes the directory of them all along.
+        if self.there.is_empty() { share.remove(Path::new(DIRECTORY)) } else { share.remove(&path(number)) }
+    }
 }
 
 impl Candidate {

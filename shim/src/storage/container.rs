@@ -40,6 +40,7 @@ pub struct ContainerStorage {
     container_id: String,
     disk: Option<PluggedDisk>,
     block_volumes: Vec<Lease>,
+    common_volumes: Vec<common::Lease>,
 }
 
 /// What the agent makes for a container, in the words of its API.
@@ -67,12 +68,9 @@ impl ContainerStorage {
         let empty_dirs = empty_dir::look(owner, &volume_plan).await?;
         let memory_volumes = memory::claim(owner, &empty_dirs, &mut volume_plan).await?;
         volume::spare_mounts_below(owner.container_id, &mut volume_plan).await?;
-        common::attach(place, owner, &empty_dirs, &mut volume_plan).await?;
         for note in &volume_plan.notes {
             tracing::info!(container_id = owner.container_id, note, "a mount means something else in the guest");
         }
-        let object = spec.as_object_mut().ok_or_else(|| Error::invalid("spec is not a JSON object"))?;
-        object.insert("mounts".into(), Value::Array(volume_plan.guest_mounts.clone()));
         let (disk, rootfs) = match (&rootfs_plan, &place.disks) {
             (RootfsPlan::Device(device), Some(disks)) if disk::fits(device) => {
                 let (disk, mount) = disk::attach(disks, owner.container_id, device).await?;
@@ -80,8 +78,20 @@ impl ContainerStorage {
             }
             _ => (None, rootfs::attach(&place.host, &place.share, owner.container_id, &rootfs_plan).await?),
         };
-        let storage = Self { container_id: owner.container_id.to_owned(), disk, block_volumes: Vec::new() };
-        match volume::attach(&place.host, &place.share, owner.container_id, &volume_plan).await {
+        let mut storage = Self {
+            container_id: owner.container_id.to_owned(),
+            disk,
+            block_volumes: Vec::new(),
+            common_volumes: Vec::new(),
+        };
+        let attached = async {
+            storage.common_volumes = common::attach(place, owner, &empty_dirs, &mut volume_plan).await?;
+            volume::attach(&place.host, &place.share, owner.container_id, &volume_plan).await?;
+            let object = spec.as_object_mut().ok_or_else(|| Error::invalid("spec is not a JSON object"))?;
+            object.insert("mounts".into(), Value::Array(volume_plan.guest_mounts));
+            Ok(())
+        };
+        match attached.await {
             Ok(()) => Ok((storage, InGuest { rootfs, memory_volumes })),
             Err(error) => {
                 if let Err(left) = storage.detach(place).await {
@@ -121,6 +131,7 @@ impl ContainerStorage {
     /// Takes rootfs and volumes from the guest, which must have let go of them before. Tries all.
     pub async fn detach(self, place: &Place) -> Result<()> {
         let mut detached = rootfs::detach(&place.host, &place.share, &self.container_id).await;
+        detached = detached.and(common::detach(place, self.common_volumes).await);
         let Some(disks) = &place.disks else { return detached };
         if let Some(disk) = &self.disk {
             detached = detached.and(disk::detach(disks, disk).await);
