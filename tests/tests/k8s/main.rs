@@ -13,6 +13,7 @@ mod node;
 mod probes;
 mod resources;
 mod security;
+mod sharing;
 mod talk;
 mod volumes;
 mod workloads;
@@ -24,6 +25,7 @@ fn main() -> ExitCode {
         life::ROWS,
         probes::ROWS,
         volumes::ROWS,
+        sharing::ROWS,
         security::ROWS,
         net::ROWS,
         workloads::ROWS,
