@@ -52,8 +52,8 @@ pub struct Container {
     execs: Mutex<HashMap<String, Registered>>,
     seccomp: Option<LinuxSeccomp>,
     oom: oom::Watch,
-    /// It has disks as devices.
-    has_disks: bool,
+    /// Its disks, by the guest's own nodes.
+    disks: Vec<PathBuf>,
     paused: Mutex<bool>,
     cancel: CancellationToken,
 }
@@ -145,28 +145,17 @@ impl Container {
         let nodes = node::find(request.block_devices).await?;
         stages.done("rootfs");
 
-        for volume in &request.memory_volumes {
-            services.volumes.make(volume)?;
-        }
-        let own = format!("{id}/");
-        for source in spec.mounts.iter().filter_map(|(_, source)| source.as_ref()) {
-            match source {
-                Source::Share(path) if path.starts_with(&own) => drop(mount::shared(path)?),
-                Source::Share(path) => drop(mounts.enter(&services.common, path)?),
-                Source::InShare { path, at } => {
-                    let opened = mounts.enter(&services.common, path)?;
-                    mounts.bind(&opened, at)?;
-                }
-                Source::Memory { path, at } => mounts.bind(&volume::open(path)?, at)?,
-                Source::Shm => {}
-            }
-        }
         services.set_sysctls(std::mem::take(&mut spec.sysctls)).await?;
-        find_home(&mut spec, &rootfs);
-        match namespaces {
-            None => make_cwd(&spec, &rootfs)?,
-            Some(namespaces) => namespaces.as_root(|| make_cwd(&spec, &rootfs))??,
-        }
+        let (mut stack, volumes) = (std::mem::take(mounts), request.memory_volumes);
+        let (container_id, root, with) = (id.clone(), rootfs.clone(), Arc::clone(services));
+        // What the share answers takes as long as the host likes.
+        let prepared = tokio::task::spawn_blocking(move || {
+            let prepared = prepare(&with, &container_id, &root, &volumes, &mut spec, &mut stack);
+            (prepared, spec, stack)
+        });
+        let (prepared, mut spec, stack) = prepared.await.during(|| "prepare the container's mounts")?;
+        *mounts = stack;
+        prepared?;
         node::make(&node::enter(&nodes, &mut spec, &id, namespaces.is_some()))?;
         let cgroup = Cgroup::create(&id)?;
         cgroup.apply(&spec.resources)?;
@@ -210,7 +199,7 @@ impl Container {
             execs: Mutex::default(),
             seccomp: spec.seccomp,
             oom,
-            has_disks: !nodes.is_empty(),
+            disks: nodes.iter().map(|node| node.disk().to_owned()).collect(),
             paused: Mutex::new(false),
             cancel: services.cancel.child_token(),
         };
@@ -355,16 +344,13 @@ impl Container {
     async fn clear(&self) -> Result<Vec<api::Stage>> {
         let mut remains = self.remains.lock().await;
         if !remains.cleared {
-            let (id, directory, has_disks) = (self.id.clone(), self.directory.clone(), self.has_disks);
+            // They may go at once after this.
+            for disk in &self.disks {
+                node::flush(disk).await;
+            }
+            let (id, directory) = (self.id.clone(), self.directory.clone());
             let mut rootfs = std::mem::take(&mut remains.rootfs);
-            let clearing = tokio::task::spawn_blocking(move || {
-                if has_disks {
-                    // They may go at once after this, and a file system that the container had mounted from one is
-                    // unmounted by the kernel in its own time.
-                    rustix::fs::sync();
-                }
-                (clean_up(&id, &directory, &mut rootfs), rootfs)
-            });
+            let clearing = tokio::task::spawn_blocking(move || (clean_up(&id, &directory, &mut rootfs), rootfs));
             let (cleared, rootfs) = clearing.await.during(|| "clear away the container's remains")?;
             remains.rootfs = rootfs;
             remains.stages = cleared?;
@@ -552,17 +538,51 @@ fn find_home(spec: &mut Spec, rootfs: &Path) {
     }
 }
 
+/// Has what the container's mounts are bound from ready, and in its rootfs what the spec leaves to the runtime. Blocks.
+fn prepare(
+    services: &Services,
+    id: &str,
+    rootfs: &Path,
+    volumes: &[api::MemoryVolume],
+    spec: &mut Spec,
+    mounts: &mut Stack,
+) -> Result<()> {
+    for volume in volumes {
+        services.volumes.make(volume)?;
+    }
+    let own = format!("{id}/");
+    for source in spec.mounts.iter().filter_map(|mount| mount.source.as_ref()) {
+        match source {
+            Source::Share(path) if path.starts_with(&own) => drop(mount::shared(path)?),
+            Source::Share(path) => drop(mounts.enter(&services.common, path)?),
+            Source::InShare { path, at } => {
+                let opened = mounts.enter(&services.common, path)?;
+                mounts.bind(&opened, at)?;
+            }
+            Source::Memory { path, at } => mounts.bind(&volume::open(path)?, at)?,
+            Source::Shm => {}
+        }
+    }
+    find_home(spec, rootfs);
+    match services.namespaces() {
+        None => make_cwd(spec, rootfs),
+        Some(namespaces) => namespaces.as_root(|| make_cwd(spec, rootfs))?,
+    }
+}
+
 /// Makes the working directory, as runc does.
 fn make_cwd(spec: &Spec, rootfs: &Path) -> Result<()> {
     let cwd = spec.process.cwd();
     let made = match spec.mount_of(cwd) {
         None => mount::make_directories(rootfs, cwd),
-        Some((below, Some(Source::Share(path)))) => mount::make_directories(&mount::shared(&path)?, &below),
-        Some((below, Some(Source::InShare { at, .. } | Source::Memory { at, .. }))) => {
-            mount::make_directories(&at, &below)
-        }
-        // A file system that does not exist yet; its own root is all there is.
-        Some((_, Some(Source::Shm) | None)) => Ok(()),
+        // Where the container may not write, it is there or the program does not start.
+        Some((_, mount)) if mount.read_only => Ok(()),
+        Some((below, mount)) => match &mount.source {
+            Some(Source::Share(path)) => mount::make_directories(&mount::shared(path)?, &below),
+            Some(Source::InShare { at, .. } | Source::Memory { at, .. }) => mount::make_directories(at, &below),
+            // A file system that does not exist yet; its own root is all there is.
+            Some(Source::Shm) | None => Ok(()),
+        },
     };
     made.map_err(|error| {
         let reason = crate::runtime::lookup::text(&error);

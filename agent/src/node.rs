@@ -7,10 +7,12 @@
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Component, Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use bulkhead_proto::agent as api;
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
-use rustix::fs::{CWD, FileType, Mode, major, makedev, minor, mknodat};
+use rustix::fs::{CWD, FileType, Mode, OFlags, major, makedev, minor, mknodat};
+use rustix::io::Errno;
 use serde_json::{Value, json};
 
 use crate::device;
@@ -19,6 +21,9 @@ use crate::spec::Spec;
 
 /// Where the agent makes nodes, a directory for each container that needs one.
 const OWN: &str = "/dev/bulkhead";
+/// How long the kernel may take to let go of a disk that nobody uses any more, and how often that is looked at.
+const LET_GO: Duration = Duration::from_secs(2);
+const TRY: Duration = Duration::from_millis(10);
 /// What the kernel takes for a path, with the byte that ends it.
 const PATH_AT_MOST: usize = 4096;
 
@@ -32,6 +37,39 @@ pub struct Node {
     gid: u32,
     major: u32,
     minor: u32,
+    /// The guest's own node of the disk.
+    disk: PathBuf,
+}
+
+impl Node {
+    /// The guest's own node of the disk.
+    pub fn disk(&self) -> &Path {
+        &self.disk
+    }
+}
+
+/// Brings what was written to a disk to the host, after the container that wrote it has ended.
+///
+/// A file system that the container had mounted from the disk is unmounted by the kernel in its own time, which is over when
+/// the disk can be had exclusively: no event tells. Or another container has it mounted, and goes on.
+pub async fn flush(disk: &Path) {
+    let begun = Instant::now();
+    let flushed = loop {
+        let (disk, exclusively) = (disk.to_owned(), begun.elapsed() < LET_GO);
+        match tokio::task::spawn_blocking(move || flush_now(&disk, exclusively)).await {
+            Ok(Err(Errno::BUSY)) if exclusively => tokio::time::sleep(TRY).await,
+            flushed => break flushed.during(|| "flush").and_then(|flushed| flushed.during(|| "flush")),
+        }
+    };
+    if let Err(error) = flushed {
+        tracing::warn!(disk = %disk.display(), %error, "what a container wrote to a disk may be lost");
+    }
+}
+
+fn flush_now(disk: &Path, exclusively: bool) -> Result<(), Errno> {
+    let mut flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    flags.set(OFlags::EXCL, exclusively);
+    rustix::fs::fsync(rustix::fs::open(disk, flags, Mode::empty())?)
 }
 
 /// A node that the agent makes, for a container to have a bind of.
@@ -51,7 +89,7 @@ pub async fn find(devices: Vec<api::BlockDevice>) -> Result<Vec<Node>> {
         }
         let disk = device::wait_for(&serial).await?;
         let number = fs::metadata(&disk).during(|| format!("look at {}", disk.display()))?.rdev();
-        nodes.push(Node { path, access, file_mode, uid, gid, major: major(number), minor: minor(number) });
+        nodes.push(Node { path, access, file_mode, uid, gid, major: major(number), minor: minor(number), disk });
     }
     Ok(nodes)
 }
@@ -72,7 +110,12 @@ pub fn enter<'a>(nodes: &'a [Node], spec: &mut Spec, container_id: &str, user_na
     let mut own = Vec::new();
     for node in nodes {
         let Node { path, file_mode, uid, gid, major, minor, .. } = node;
-        if path.starts_with("/dev") && !user_namespace {
+        // In a volume below /dev others may have links, which libcontainer would follow.
+        let in_dev = match spec.mount_of(path) {
+            None => path.starts_with("/dev"),
+            Some((below, _)) => path.strip_prefix("/dev").is_ok_and(|name| name == below),
+        };
+        if in_dev && !user_namespace {
             let device = json!({
                 "path": path, "type": "b", "major": major, "minor": minor, "fileMode": file_mode, "uid": uid, "gid": gid,
             });
@@ -134,7 +177,8 @@ mod tests {
 
     fn node(path: &str, access: &str) -> Node {
         let (file_mode, uid, gid) = (0o660, 0, 6);
-        Node { path: path.into(), access: access.into(), file_mode, uid, gid, major: 8, minor: 16 }
+        let disk = "/dev/sdb".into();
+        Node { path: path.into(), access: access.into(), file_mode, uid, gid, major: 8, minor: 16, disk }
     }
 
     fn spec() -> Spec {

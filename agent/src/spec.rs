@@ -47,8 +47,19 @@ pub struct Spec {
     pub sysctls: BTreeMap<String, String>,
     /// The container may write to its cgroup.
     pub cgroup_writable: bool,
-    /// Destinations of all mounts, in order, with what those that are binds are bound from.
-    pub mounts: Vec<(String, Option<Source>)>,
+    /// All mounts, in order.
+    pub mounts: Vec<Mount>,
+}
+
+/// What the agent has to know of a mount.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mount {
+    /// Path in the container.
+    pub destination: String,
+    /// What it is bound from; none if it is no bind.
+    pub source: Option<Source>,
+    /// The container may not write to it.
+    pub read_only: bool,
 }
 
 /// What a mount of a container is bound from.
@@ -102,14 +113,11 @@ impl Source {
 }
 
 impl Spec {
-    /// The mount that `path` lies on: what is below it, and what it is bound from. `None` is the rootfs.
-    pub fn mount_of(&self, path: &Path) -> Option<(PathBuf, Option<Source>)> {
-        let (destination, source) = self
-            .mounts
-            .iter()
-            .filter(|(destination, _)| destination != "/" && path.starts_with(destination))
-            .max_by_key(|(destination, _)| destination.len())?;
-        Some((path.strip_prefix(destination).ok()?.to_owned(), source.clone()))
+    /// The mount that `path` lies on, and what is below it. `None` is the rootfs.
+    pub fn mount_of(&self, path: &Path) -> Option<(PathBuf, &Mount)> {
+        let holds = |mount: &&Mount| mount.destination != "/" && path.starts_with(&mount.destination);
+        let mount = self.mounts.iter().filter(holds).max_by_key(|mount| mount.destination.len())?;
+        Some((path.strip_prefix(&mount.destination).ok()?.to_owned(), mount))
     }
 }
 
@@ -207,8 +215,8 @@ fn has_writable_cgroup(mounts: Option<&Value>) -> bool {
     })
 }
 
-/// Resolves the source of the `index`th mount; returns its destination and what it is bound from.
-fn rewrite_mount(mount: &mut Value, guest: &Guest<'_>, index: usize) -> Result<(String, Option<Source>)> {
+/// Resolves the source of the `index`th mount.
+fn rewrite_mount(mount: &mut Value, guest: &Guest<'_>, index: usize) -> Result<Mount> {
     let mount = mount.as_object_mut().ok_or_else(|| Error::invalid("a mount of the OCI spec is not a JSON object"))?;
     let destination = mount.get("destination").and_then(Value::as_str).unwrap_or_default().to_owned();
     if !destination.starts_with('/') {
@@ -217,6 +225,9 @@ fn rewrite_mount(mount: &mut Value, guest: &Guest<'_>, index: usize) -> Result<(
     let options = mount.get("options").and_then(Value::as_array);
     let bind = mount.get("type").and_then(Value::as_str) == Some("bind")
         || options.is_some_and(|options| options.iter().any(|option| option == "bind" || option == "rbind"));
+    // The last of two contrary options counts, as in mount(8).
+    let access = options.into_iter().flatten().rev().find(|option| *option == "ro" || *option == "rw");
+    let read_only = access.is_some_and(|option| option == "ro");
     let source = mount.get("source").and_then(Value::as_str).unwrap_or_default().to_owned();
     let found = Source::parse(&source, guest, index)?;
     let resolved = match &found {
@@ -232,7 +243,7 @@ fn rewrite_mount(mount: &mut Value, guest: &Guest<'_>, index: usize) -> Result<(
         None => source,
     };
     mount.insert("source".to_owned(), resolved.into());
-    Ok((destination, found))
+    Ok(Mount { destination, source: found, read_only })
 }
 
 /// Checks a path below the share, or one that begins with a volume: relative, without `.` or `..`.
@@ -391,7 +402,7 @@ mod tests {
         let spec = rewritten(&mounts).expect("rewrite");
         let sources: Vec<_> = spec.config["mounts"].as_array().expect("array").iter().map(|m| &m["source"]).collect();
         assert_eq!(sources, ["/run/bulkhead/share/c1/0", "/dev/shm", "proc", "/volumes/3", "/volumes/4"]);
-        let found: Vec<_> = spec.mounts.into_iter().filter_map(|(_, source)| source).collect();
+        let found: Vec<_> = spec.mounts.into_iter().filter_map(|mount| mount.source).collect();
         let cache = Source::Memory { path: "cache/sub".into(), at: "/volumes/3".into() };
         let part = Source::InShare { path: "_volumes/0/sub".into(), at: "/volumes/4".into() };
         assert_eq!(found, [Source::Share("c1/0".into()), Source::Shm, cache, part]);
@@ -401,14 +412,12 @@ mod tests {
     fn the_longest_mount_holds_a_path() {
         let mounts = json!({ "mounts": [
             { "destination": "/a", "type": "tmpfs" },
-            { "destination": "/a/b", "source": "share:c1/0", "options": ["bind"] },
+            { "destination": "/a/b", "source": "share:c1/0", "options": ["bind", "ro"] },
         ]});
         let spec = rewritten(&mounts).expect("rewrite");
-        assert_eq!(
-            spec.mount_of(Path::new("/a/b/c/d")),
-            Some((PathBuf::from("c/d"), Some(Source::Share("c1/0".to_owned()))))
-        );
-        assert_eq!(spec.mount_of(Path::new("/a/x")), Some((PathBuf::from("x"), None)));
+        assert_eq!(spec.mount_of(Path::new("/a/b/c/d")), Some((PathBuf::from("c/d"), &spec.mounts[1])));
+        assert_eq!(spec.mount_of(Path::new("/a/x")), Some((PathBuf::from("x"), &spec.mounts[0])));
+        assert_eq!([spec.mounts[0].read_only, spec.mounts[1].read_only], [false, true]);
         assert_eq!(spec.mount_of(Path::new("/ab")), None);
     }
 

@@ -10,8 +10,9 @@ pub const PREAMBLE: Duration = Duration::from_secs(10);
 pub const AGENT_CALL: Duration = Duration::from_secs(30);
 /// `CreateContainer` and `StartProcess` in the guest.
 pub const AGENT_CREATE: Duration = Duration::from_mins(1);
-/// The guest's side of a stream dials in after it was asked to.
-pub const STREAM_DIAL: Duration = Duration::from_secs(30);
+/// The guest's side of a stream dials in. It begins before the call that has the guest dial, and so is longer than that may
+/// take: a container with a hundredth of a CPU needs half a minute for an exec.
+pub const STREAM_DIAL: Duration = Duration::from_mins(2);
 /// A forwarded connection is up: the guest has dialled the port, which it tries for five seconds on each of two addresses,
 /// and both streams.
 pub const FORWARD_OPEN: Duration = Duration::from_secs(20);

@@ -29,13 +29,26 @@ impl<'a> LoopDevice<'a> {
         let mut content = vec![0; SIZE];
         content[..6].copy_from_slice(b"before");
         fs::write(file, &content).with_context(|| format!("write {}", file.display()))?;
+        Self::over(file, losetup)
+    }
+
+    /// The device of a `file` that is there.
+    fn over(file: &Path, losetup: impl Fn(&[&str]) -> Run + 'a) -> Result<Self> {
         let path = losetup(&["--find", "--show", &file.display().to_string()]).success()?.text();
         Ok(Self { path, file: file.to_owned(), losetup: Box::new(losetup) })
     }
 
     /// A device of the machine that runs the tests.
     pub fn here(file: &Path) -> Result<Self> {
-        Self::new(file, |args| Run::new("/sbin/losetup").args(args))
+        Self::new(file, losetup)
+    }
+
+    /// The same, with nothing in its `file` yet: room for it is found when something is written.
+    pub fn sparse_here(file: &Path) -> Result<Self> {
+        let size = u64::try_from(SIZE)?;
+        let made = fs::File::create(file).and_then(|file| file.set_len(size));
+        made.with_context(|| format!("make {}", file.display()))?;
+        Self::over(file, losetup)
     }
 
     /// Fails unless `text` is in the file at [`WRITTEN_AT`].
@@ -45,6 +58,11 @@ impl<'a> LoopDevice<'a> {
         ensure!(found == text, "the file behind {} has {found:?} where {text:?} was written", self.path);
         Ok(())
     }
+}
+
+/// losetup(8) of the machine that runs the tests.
+fn losetup(args: &[&str]) -> Run {
+    Run::new("/sbin/losetup").args(args)
 }
 
 impl Drop for LoopDevice<'_> {

@@ -23,8 +23,13 @@ pub struct HostMount(PathBuf);
 impl HostMount {
     /// Mounts a tmpfs on `path`, a directory that it makes unless it is there.
     pub fn tmpfs(path: &Path) -> Result<Self> {
+        Self::tmpfs_with(path, "")
+    }
+
+    /// The same, with options of its own (tmpfs(5)).
+    pub fn tmpfs_with(path: &Path, options: &str) -> Result<Self> {
         fs::create_dir_all(path)?;
-        nix::mount::mount(Some("none"), path, Some("tmpfs"), MsFlags::empty(), None::<&str>)?;
+        nix::mount::mount(Some("none"), path, Some("tmpfs"), MsFlags::empty(), Some(options))?;
         Ok(Self(path.to_owned()))
     }
 

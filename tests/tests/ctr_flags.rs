@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result, ensure};
 use bulkhead_tests::ctr::make_root;
 use bulkhead_tests::loop_device::LoopDevice;
+use bulkhead_tests::mounts::HostMount;
 use bulkhead_tests::row::{Context, Row, Runtime};
 use bulkhead_tests::suite;
 use bulkhead_tests::tools::Version;
@@ -30,6 +31,7 @@ const ROWS: &[Row] = &[
     Row::alone("--rootfs takes a directory as it is and writes to it", rootfs),
     Row::alone("--device gives a device that every kernel has", devices),
     Row::alone("--device gives a disk of the host's, under every name that it is asked for by", disk),
+    Row::alone("a disk that has no room left says so to the program, which goes on", full_disk),
     Row::alone("--privileged gives no disk of the host's", no_disks).only(&[Runtime::Bulkhead]),
     Row::alone("--device refuses by name what the guest cannot have", foreign_device).only(&[Runtime::Bulkhead]),
 ];
@@ -224,6 +226,20 @@ fn disk(context: &Context) -> Result<()> {
     let said = said(context, &["--device", path, "--device", &other], &script)?;
     ensure!(said == "before\n8388608\n640\nafter", "of the disk the program says {said:?}");
     device.written("after\n")
+}
+
+fn full_disk(context: &Context) -> Result<()> {
+    let small = context.scratch.join("small");
+    let _mounted = HostMount::tmpfs_with(&small, "size=1m")?;
+    let device = LoopDevice::sparse_here(&small.join("file"))?;
+    let script = format!(
+        "dd if=/dev/zero of={} bs=1M count=4 conv=fsync 2>&1 | grep -c -e 'No space left on device' -e 'Input/output error'; \
+         echo alive",
+        device.path
+    );
+    let said = said(context, &["--device", &device.path], &script)?;
+    ensure!(said == "1\nalive", "errors of dd, and life after: {said:?}");
+    Ok(())
 }
 
 fn no_disks(context: &Context) -> Result<()> {

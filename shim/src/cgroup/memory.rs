@@ -73,6 +73,8 @@ pub enum OutOfMemory {
     },
     /// No limit was: there is no more.
     Node,
+    /// The kernel does not count whose limit was reached.
+    Unknown,
 }
 
 impl Counters {
@@ -99,9 +101,12 @@ impl Counters {
         }
         let reached = self.levels.iter().find_map(|level| {
             let bytes = limit(&fs::read_to_string(level.directory.join(self.interface.limit)).ok()?)?;
-            let is_news = self.interface.reached.read(&level.directory)? > level.reached;
+            // `memory.events.local` came with Linux 5.2.
+            let Some(reached) = self.interface.reached.read(&level.directory) else {
+                return Some(OutOfMemory::Unknown);
+            };
             let below = level.directory.strip_prefix(&top.directory).unwrap_or(&level.directory);
-            is_news.then(|| OutOfMemory::Limit { cgroup: Path::new("/").join(below), bytes })
+            (reached > level.reached).then(|| OutOfMemory::Limit { cgroup: Path::new("/").join(below), bytes })
         });
         Some(reached.unwrap_or(OutOfMemory::Node))
     }
@@ -138,6 +143,7 @@ impl fmt::Display for OutOfMemory {
                 )
             }
             Self::Node => f.write_str("the node ran out of memory"),
+            Self::Unknown => f.write_str("the kernel killed it for want of memory, of the pod's limit or of the node"),
         }
     }
 }

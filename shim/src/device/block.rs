@@ -139,6 +139,9 @@ impl Disk {
             ("serial", json!(self.serial)),
             // Not a spinning disk.
             ("rotation_rate", json!(1)),
+            // Whoever writes to a full disk is told: to stop the machine is QEMU's way, and nobody would let it go on.
+            ("werror", json!("report")),
+            ("rerror", json!("report")),
         ];
         if let DiskSource::SharedDevice { logical_block, physical_block } = self.source {
             let physical_block = physical_block.min(LARGEST_BLOCK).max(logical_block);
@@ -261,7 +264,7 @@ mod tests {
                 }]),
                 json!(["device_add", {
                     "driver": "scsi-hd", "id": "disk-7", "bus": "scsi.0", "drive": "disk-7", "channel": 0, "scsi-id": 0,
-                    "lun": 5, "serial": "rootfs", "rotation_rate": 1,
+                    "lun": 5, "serial": "rootfs", "rotation_rate": 1, "werror": "report", "rerror": "report",
                 }]),
                 json!(["device_del", {"id": "disk-7"}]),
                 json!(["blockdev-del", {"node-name": "disk-7"}]),

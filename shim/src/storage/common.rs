@@ -51,7 +51,8 @@ pub struct Lease(usize);
 /// What two containers must want alike to have one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Key {
-    source: Identity,
+    source: PathBuf,
+    identity: Identity,
     recursive: bool,
     access: Access,
     propagation: Propagation,
@@ -194,8 +195,11 @@ impl Candidate {
             return Ok(None);
         }
         let (bind, tree) = volume::open(self.bind, namespaces)?;
+        // A file system that tells nothing of itself is each container's own.
+        let Ok(identity) = tree.identity() else { return Ok(None) };
         let key = Key {
-            source: tree.identity()?,
+            source: bind.source.clone(),
+            identity,
             recursive: bind.recursive,
             access: bind.access,
             propagation: bind.propagation,

@@ -67,7 +67,6 @@ impl ContainerStorage {
         let mut volume_plan = volume::plan_volumes(spec, owner)?;
         let empty_dirs = empty_dir::look(owner, &volume_plan).await?;
         let memory_volumes = memory::claim(owner, &empty_dirs, &mut volume_plan).await?;
-        volume::spare_mounts_below(owner.container_id, &mut volume_plan).await?;
         for note in &volume_plan.notes {
             tracing::info!(container_id = owner.container_id, note, "a mount means something else in the guest");
         }
@@ -86,6 +85,7 @@ impl ContainerStorage {
         };
         let attached = async {
             storage.common_volumes = common::attach(place, owner, &empty_dirs, &mut volume_plan).await?;
+            volume::spare_mounts_below(owner.container_id, &mut volume_plan).await?;
             volume::attach(&place.host, &place.share, owner.container_id, &volume_plan).await?;
             let object = spec.as_object_mut().ok_or_else(|| Error::invalid("spec is not a JSON object"))?;
             object.insert("mounts".into(), Value::Array(volume_plan.guest_mounts));

@@ -254,7 +254,7 @@ pub(super) async fn run(
 /// Guest to host, until the end of the stream.
 async fn copy(ticket: StreamTicket, sink: &mut Sink, progress: &watch::Sender<Progress>) {
     let Ok(mut stream) = ticket.wait().await.inspect_err(|error| {
-        tracing::debug!(error = %format_args!("{error:#}"), "output stream was not dialled");
+        tracing::warn!(error = %format_args!("{error:#}"), "the output of a process is lost");
     }) else {
         return;
     };

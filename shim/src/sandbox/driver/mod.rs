@@ -152,6 +152,8 @@ pub struct Driver {
     events: Events,
     /// Creates of a single container that failed: answered when its VM is gone.
     failed_creates: Vec<(Reply<u32>, Error)>,
+    /// The guest may have something of a container that was deleted.
+    guest_holds: bool,
     /// How the virtual machine was lost; None if it was not.
     obituary: Option<String>,
     /// containerd's Shutdown came, perhaps while the pod was on its way down.
@@ -176,6 +178,7 @@ impl Driver {
             jobs: JoinSet::new(),
             events,
             failed_creates: Vec::new(),
+            guest_holds: false,
             obituary: None,
             ending: false,
             farewells: Vec::new(),

@@ -288,7 +288,8 @@ impl Driver {
                         Err(error) => result = Err(error),
                     }
                 }
-                if let Some(storage) = storage {
+                // What the guest still has is not pulled from under it: it goes with the pod.
+                if let Some(storage) = storage.filter(|_| result.is_ok()) {
                     let detached = storage.detach(&access.place).await;
                     result = result.and(detached);
                     stopwatch.lap("storage");
@@ -302,6 +303,7 @@ impl Driver {
         let DeleteDone { id, deleted, stages, result, reply } = done;
         if let Err(error) = &result {
             // The container is gone for containerd all the same; what is left goes with the pod.
+            self.guest_holds |= id.exec.is_none();
             tracing::warn!(container_id = %id.container, exec_id = id.exec_id(), %error, "deletion is incomplete");
         }
         if id.exec.is_none() {

@@ -38,7 +38,7 @@ impl Driver {
     /// Whether every container of the pod has been deleted: then each of its file systems was unmounted, and there is nothing
     /// to ask of the guest.
     fn guest_is_empty(&self) -> bool {
-        self.containers.values().all(|container| container.role == Role::Sandbox)
+        !self.guest_holds && self.containers.values().all(|container| container.role == Role::Sandbox)
     }
 
     /// QEMU, a helper or the guest is gone without having been asked to go.
