@@ -25,3 +25,18 @@ pub const INHERENT: [Inherent; 6] = [
     ("Pods should function for node-pod communication: http [LinuxOnly] [NodeConformance] [Conformance]", HOST_NETWORK),
     ("Pods should function for node-pod communication: udp [LinuxOnly] [NodeConformance] [Conformance]", HOST_NETWORK),
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_is_in_the_page_of_differences() {
+        let page = include_str!("../../../docs/differences.md");
+        let (_, section) = page.split_once("## Kubernetes' own conformance suite").expect("has the section");
+        for (name, _) in INHERENT {
+            assert!(section.contains(&format!("- `{name}`")), "{name}");
+        }
+        assert_eq!(section.lines().filter(|line| line.starts_with("- `")).count(), INHERENT.len());
+    }
+}
