@@ -196,15 +196,18 @@ fn crowded(user: &User, least: usize, old: &BTreeSet<String>) -> Result<BTreeSet
 fn twenty(user: &User) -> Result<()> {
     crowd(user)?;
     crowded(user, 20, &BTreeSet::new())?;
-    let logs = user.kubectl(&["logs", "--selector=set=crowd", "--tail=-1"]).success()?.text();
-    let lines: Vec<_> = logs.lines().filter_map(|line| line.split_once(' ')).collect();
-    let names: BTreeSet<_> = lines.iter().map(|(name, _)| name).collect();
-    let kernels: BTreeSet<_> = lines.iter().map(|(_, kernel)| *kernel).collect();
     let node = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
-    let found = (names.len(), kernels.len(), kernels.contains(node.trim()));
-    // The kernels of ten virtual machines, and the node's for all the others.
-    ensure!(found == (20, 11, true), "pods, kernels, and whether the node's is one of them: {found:?}\n{logs}");
-    Ok(())
+    // A container is ready when it has started, and says something when its program gets to it.
+    wait_for("all pods to name their kernels", SOON, || {
+        let logs = user.kubectl(&["logs", "--selector=set=crowd", "--tail=-1"]).success()?.text();
+        let lines: Vec<_> = logs.lines().filter_map(|line| line.split_once(' ')).collect();
+        let names: BTreeSet<_> = lines.iter().map(|(name, _)| name).collect();
+        let kernels: BTreeSet<_> = lines.iter().map(|(_, kernel)| *kernel).collect();
+        let found = (names.len(), kernels.len(), kernels.contains(node.trim()));
+        // The kernels of ten virtual machines, and the node's for all the others.
+        ensure!(found == (20, 11, true), "pods, kernels, and whether the node's is one of them: {found:?}\n{logs}");
+        Ok(())
+    })
 }
 
 /// Kills one of the node's daemons.

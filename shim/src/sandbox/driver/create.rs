@@ -125,6 +125,12 @@ impl Driver {
             self.containers.remove(&id);
             return answer(reply, Err(error));
         }
+        // The pid can be asked for from now on, and who takes statistics by it would take the host's for the pod's.
+        if let (Some(container), Some(netns)) = (self.containers.get_mut(&id), &spec.netns)
+            && let Err(error) = container.init.enter_network(Some(netns))
+        {
+            tracing::debug!(%id, error = %format_args!("{error:#}"), "the boot will fail for the pod's network namespace");
+        }
         let cancel = CancellationToken::new();
         self.holding = Holding::Boot(cancel.clone());
         let guest_events = self.guest_events_in.clone();
