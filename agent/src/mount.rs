@@ -368,8 +368,8 @@ mod tests {
 
     #[test]
     fn the_mount_of_a_path_in_the_share_is_its_first_two_parts() {
-        for path in ["_volumes/3", "_volumes/3/a", "_volumes/3/a/b"] {
-            assert_eq!(mount_in_share(path), "_volumes/3");
+        for path in ["_3/0", "_3/0/a", "_3/0/a/b"] {
+            assert_eq!(mount_in_share(path), "_3/0");
         }
     }
 

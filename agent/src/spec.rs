@@ -397,14 +397,14 @@ mod tests {
             { "destination": "/dev/shm", "source": "shm:", "options": ["rbind"] },
             { "destination": "/proc", "type": "proc" },
             { "destination": "/cache", "source": "memory:cache/sub", "options": ["rbind"] },
-            { "destination": "/part", "source": "share:_volumes/0/sub", "options": ["rbind"] },
+            { "destination": "/part", "source": "share:_0/0/sub", "options": ["rbind"] },
         ]});
         let spec = rewritten(&mounts).expect("rewrite");
         let sources: Vec<_> = spec.config["mounts"].as_array().expect("array").iter().map(|m| &m["source"]).collect();
         assert_eq!(sources, ["/run/bulkhead/share/c1/0", "/dev/shm", "proc", "/volumes/3", "/volumes/4"]);
         let found: Vec<_> = spec.mounts.into_iter().filter_map(|mount| mount.source).collect();
         let cache = Source::Memory { path: "cache/sub".into(), at: "/volumes/3".into() };
-        let part = Source::InShare { path: "_volumes/0/sub".into(), at: "/volumes/4".into() };
+        let part = Source::InShare { path: "_0/0/sub".into(), at: "/volumes/4".into() };
         assert_eq!(found, [Source::Share("c1/0".into()), Source::Shm, cache, part]);
     }
 

@@ -27,6 +27,7 @@ pub mod tail;
 
 pub mod events;
 pub mod metrics;
+pub mod mount_table;
 
 pub mod annotations;
 pub mod config;

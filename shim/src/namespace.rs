@@ -22,6 +22,7 @@ use rustix::fs::{CWD, FileType};
 use rustix::mount::{MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
 
 use crate::error::{Error, Kind, Result, WithKind};
+use crate::mount_table::MountTable;
 use crate::sys;
 
 /// Rights that no mount of the share gives to the helper that serves it: virtiofsd opens no device and executes nothing.
@@ -185,12 +186,6 @@ impl Tree {
         Ok(Self { fd, file_type: FileType::from_raw_mode(metadata.st_mode) })
     }
 
-    /// Whether other mounts lie below `source`, whose links are followed; not if there is no such file.
-    pub fn has_mounts_below(source: &Path) -> Result<bool> {
-        let Ok(source) = fs::canonicalize(source) else { return Ok(false) };
-        Ok(mounts_below(&source)?.iter().any(|mounted| *mounted != source))
-    }
-
     /// Whether the source is a directory; its mount point must be one then, and a file otherwise.
     pub fn is_dir(&self) -> bool {
         self.file_type == FileType::Directory
@@ -286,31 +281,13 @@ pub fn unmount(target: &Path) -> Result<()> {
 
 /// Mount points at and below `path` in the calling thread's namespace, deepest and latest first.
 fn mounts_below(path: &Path) -> Result<Vec<PathBuf>> {
-    // `self` would be the process, which lives in the host's namespace.
-    let table = fs::read("/proc/thread-self/mountinfo").or_kind(Kind::Internal, "read the mount table")?;
-    let mut found: Vec<PathBuf> = table
-        .split(|byte| *byte == b'\n')
-        .filter_map(|line| line.split(|byte| *byte == b' ').nth(4))
-        .map(unescape)
-        .filter(|mounted| mounted.starts_with(path))
-        .collect();
+    let table = MountTable::of_thread()?;
+    let points = table.mounts().iter().map(|mount| mount.mount_point.clone());
+    let mut found: Vec<PathBuf> = points.filter(|mounted| mounted.starts_with(path)).collect();
     found.reverse();
     // Only the topmost need a call of their own: MNT_DETACH takes the tree. Stacked mounts need one each.
     found.sort_by_key(|mounted| std::cmp::Reverse(mounted.components().count()));
     Ok(found)
-}
-
-/// Reads the octal escapes of a path in mountinfo (proc(5)).
-pub(crate) fn unescape(field: &[u8]) -> PathBuf {
-    let mut bytes = Vec::with_capacity(field.len());
-    let mut rest = field;
-    while let Some((&byte, tail)) = rest.split_first() {
-        let octal = tail.get(..3).and_then(|digits| std::str::from_utf8(digits).ok());
-        let value = octal.filter(|_| byte == b'\\').and_then(|digits| u8::from_str_radix(digits, 8).ok());
-        bytes.push(value.unwrap_or(byte));
-        rest = if value.is_some() { &tail[3..] } else { tail };
-    }
-    PathBuf::from(<std::ffi::OsString as std::os::unix::ffi::OsStringExt>::from_vec(bytes))
 }
 
 /// Removes a tree of empty files and directories without following links and without descending into a mount.
@@ -556,25 +533,10 @@ mod tests {
     }
 
     #[test]
-    fn mounts_below_a_directory_are_noticed() {
-        let plain = tempfile::tempdir().expect("makes one");
-        assert!(!Tree::has_mounts_below(plain.path()).expect("reads the table"));
-        assert!(!Tree::has_mounts_below(&plain.path().join("missing")).expect("reads the table"));
-        // /proc at least.
-        assert!(Tree::has_mounts_below(Path::new("/")).expect("reads the table"));
-    }
-
-    #[test]
     fn paths_that_leave_the_share_are_refused() {
         for path in ["", ".", "..", "/etc", "a/../../b"] {
             assert!(inside(Path::new(path)).is_err(), "{path:?}");
         }
         assert!(inside(Path::new("web/0")).is_ok());
-    }
-
-    #[test]
-    fn octal_escapes_of_the_mount_table_are_read() {
-        assert_eq!(unescape(br"/a\040b\134c\011"), Path::new("/a b\\c\t"));
-        assert_eq!(unescape(br"/a\0"), Path::new(r"/a\0"));
     }
 }

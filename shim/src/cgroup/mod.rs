@@ -17,6 +17,7 @@ use anyhow::Context;
 
 use crate::cgroup::memory::{Counters, OutOfMemory};
 use crate::error::{Error, Result};
+use crate::mount_table::{Mount, MountTable};
 
 /// Where a leaf goes when the spec names none, as `ctr` specs may.
 const DEFAULT_PARENT: &str = "bulkhead";
@@ -201,26 +202,20 @@ fn chosen(hierarchies: &[Hierarchy]) -> Vec<&Hierarchy> {
 
 /// The hierarchies of this host.
 fn mounted() -> Result<Vec<Hierarchy>> {
-    let text = fs::read_to_string("/proc/self/mountinfo")
-        .map_err(|error| Error::internal(format!("read /proc/self/mountinfo: {error}")))?;
-    Ok(hierarchies(&text))
+    Ok(hierarchies(&MountTable::of_process()?))
 }
 
-/// Parses proc_pid_mountinfo(5); the first mount of each hierarchy counts.
-fn hierarchies(mountinfo: &str) -> Vec<Hierarchy> {
+/// The first mount of each hierarchy counts.
+fn hierarchies(table: &MountTable) -> Vec<Hierarchy> {
     let mut found: Vec<Hierarchy> = Vec::new();
-    for line in mountinfo.lines() {
-        let Some((before, after)) = line.split_once(" - ") else { continue };
-        let mut after = after.split(' ');
-        let (Some(fstype), _, Some(options)) = (after.next(), after.next(), after.next()) else { continue };
-        let Some(mount_point) = before.split(' ').nth(4) else { continue };
-        let version = match fstype {
+    for Mount { mount_point, fstype, options, .. } in table.mounts() {
+        let version = match fstype.as_str() {
             "cgroup2" => Version::V2,
             "cgroup" => Version::V1(options.split(',').map(str::to_owned).collect()),
             _ => continue,
         };
         if !found.iter().any(|hierarchy| hierarchy.version == version) {
-            found.push(Hierarchy { mount_point: PathBuf::from(mount_point), version });
+            found.push(Hierarchy { mount_point: mount_point.clone(), version });
         }
     }
     found
@@ -302,10 +297,11 @@ mod tests {
                     32 24 0:28 / /sys/fs/cgroup/systemd rw,relatime - cgroup cgroup rw,name=systemd\n\
                     33 24 0:29 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw\n\
                     34 24 0:26 / /other/cpu rw,relatime - cgroup cgroup rw,cpu\n";
-        let all = hierarchies(text);
+        let all = hierarchies(&MountTable::parse(text.as_bytes()));
         let points: Vec<&Path> = chosen(&all).iter().map(|hierarchy| hierarchy.mount_point.as_path()).collect();
         assert_eq!(points, ["cpu", "memory", "systemd"].map(|name| Path::new("/sys/fs/cgroup").join(name)));
-        let unified = hierarchies("33 24 0:29 / /sys/fs/cgroup rw,relatime - cgroup2 cgroup2 rw,nsdelegate\n");
+        let unified = MountTable::parse(b"33 24 0:29 / /sys/fs/cgroup rw,relatime - cgroup2 cgroup2 rw,nsdelegate\n");
+        let unified = hierarchies(&unified);
         assert_eq!(chosen(&unified)[0].mount_point, Path::new("/sys/fs/cgroup"));
     }
 

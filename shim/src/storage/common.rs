@@ -8,7 +8,7 @@
 //! One with other mounts below it is not: what those are is decided anew for each container. Nor is a file: what is bound
 //! from it is its content alone.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bulkhead_proto::SHARE_SCHEME;
@@ -18,10 +18,8 @@ use super::container::Place;
 use super::empty_dir::InEmptyDir;
 use super::volume::{self, Bind, Ids, Owner, VolumePlan};
 use crate::error::{Error, Result};
+use crate::mount_table::MountTable;
 use crate::namespace::{Access, Identity, Propagation, ShareRoot, Tree};
-
-/// Directory of them in the share; no id of a container begins like this.
-const DIRECTORY: &str = "_volumes";
 
 /// The directories that a pod's containers have in common; a clone is the same. Locked on the host thread only, which mounts
 /// and unmounts them.
@@ -75,6 +73,7 @@ pub async fn attach(
     place: &Place,
     owner: Owner<'_>,
     empty_dirs: &[InEmptyDir],
+    table: &Arc<MountTable>,
     plan: &mut VolumePlan,
 ) -> Result<Vec<Lease>> {
     // A container by itself has nobody to have something in common with.
@@ -82,10 +81,11 @@ pub async fn attach(
         return Ok(Vec::new());
     }
     let candidates: Vec<Candidate> = plan.binds.iter().map(|bind| Candidate::new(bind, empty_dirs)).collect();
-    // Not on the host thread: a source is what the host's own mount table says now.
+    let table = Arc::clone(table);
+    // Not on the host thread: a source is what the host has there.
     let opened = tokio::task::spawn_blocking(move || {
         let mut namespaces = Vec::new();
-        let open = |candidate: Candidate| candidate.open(&mut namespaces).transpose();
+        let open = |candidate: Candidate| candidate.open(&table, &mut namespaces).transpose();
         candidates.into_iter().filter_map(open).collect::<Result<Vec<_>>>()
     });
     let opened = opened.await.map_err(|error| Error::internal(format!("open the volumes: {error}")))??;
@@ -137,9 +137,15 @@ pub async fn detach(place: &Place, leases: Vec<Lease>) -> Result<()> {
     Ok(detached.await?)
 }
 
-/// Where a directory is in the share.
+/// The directory in the share that is for one of them. No id of a container begins like this, and the guest, which may not
+/// have forgotten those that are gone, finds none made again.
+fn directory(number: usize) -> PathBuf {
+    format!("_{number}").into()
+}
+
+/// Where it is mounted.
 fn path(number: usize) -> PathBuf {
-    Path::new(DIRECTORY).join(number.to_string())
+    directory(number).join("0")
 }
 
 impl CommonVolumes {
@@ -171,8 +177,7 @@ impl Attached {
             return Ok(());
         }
         self.there.remove(at);
-        // The last one takes the directory of them all along.
-        if self.there.is_empty() { share.remove(Path::new(DIRECTORY)) } else { share.remove(&path(number)) }
+        share.remove(&directory(number))
     }
 }
 
@@ -189,9 +194,9 @@ impl Candidate {
     }
 
     /// None if it is for this container alone.
-    fn open(self, namespaces: &mut volume::Namespaces) -> Result<Option<(Self, Key, Tree)>> {
+    fn open(self, table: &MountTable, namespaces: &mut volume::Namespaces) -> Result<Option<(Self, Key, Tree)>> {
         // One that does not exist is refused by who attaches the others.
-        if !self.bind.source.is_dir() || Tree::has_mounts_below(&self.bind.source)? {
+        if !self.bind.source.is_dir() || table.has_mounts_below(&self.bind.source) {
             return Ok(None);
         }
         let (bind, tree) = volume::open(self.bind, namespaces)?;

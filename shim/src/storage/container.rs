@@ -2,6 +2,7 @@
 //! volumes. Detached as one.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use bulkhead_proto::agent::{BlockDevice, GuestMount, MemoryVolume};
 use serde_json::Value;
@@ -14,6 +15,7 @@ use super::{common, disk, empty_dir, memory, rootfs};
 use crate::device::block::PluggedDisk;
 use crate::error::{Error, Result};
 use crate::host::HostThread;
+use crate::mount_table::MountTable;
 use crate::namespace::ShareRoot;
 use crate::vm::disks::Disks;
 
@@ -65,7 +67,10 @@ impl ContainerStorage {
     ) -> Result<(Self, InGuest)> {
         let rootfs_plan = plan::plan_rootfs(mounts, root_path)?;
         let mut volume_plan = volume::plan_volumes(spec, owner)?;
-        let empty_dirs = empty_dir::look(owner, &volume_plan).await?;
+        // Not on the host thread: a source is what the host's own mount table says now.
+        let table = tokio::task::spawn_blocking(MountTable::of_thread).await;
+        let table = Arc::new(table.map_err(|error| Error::internal(format!("read the mount table: {error}")))??);
+        let empty_dirs = empty_dir::look(owner, &volume_plan, &table).await?;
         let memory_volumes = memory::claim(owner, &empty_dirs, &mut volume_plan).await?;
         for note in &volume_plan.notes {
             tracing::info!(container_id = owner.container_id, note, "a mount means something else in the guest");
@@ -84,8 +89,8 @@ impl ContainerStorage {
             common_volumes: Vec::new(),
         };
         let attached = async {
-            storage.common_volumes = common::attach(place, owner, &empty_dirs, &mut volume_plan).await?;
-            volume::spare_mounts_below(owner.container_id, &mut volume_plan).await?;
+            storage.common_volumes = common::attach(place, owner, &empty_dirs, &table, &mut volume_plan).await?;
+            volume::spare_mounts_below(owner.container_id, &mut volume_plan, &table).await?;
             volume::attach(&place.host, &place.share, owner.container_id, &volume_plan).await?;
             let object = spec.as_object_mut().ok_or_else(|| Error::invalid("spec is not a JSON object"))?;
             object.insert("mounts".into(), Value::Array(volume_plan.guest_mounts));

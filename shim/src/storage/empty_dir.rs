@@ -1,4 +1,4 @@
-//! Which of a container's binds are of the pod's `emptyDir`s. [`find`] is pure but for its mount table.
+//! Which of a container's binds are of the pod's `emptyDir`s. [`find`] is pure.
 //!
 //! kubelet's layout: `<root>/pods/<uid>/volumes/kubernetes.io~empty-dir/<volume>`, a tmpfs if its medium is memory; and for a
 //! `subPath` a bind of a directory or file in it at `<root>/pods/<uid>/volume-subpaths/<volume>/<container>/<number>`.
@@ -6,10 +6,11 @@
 
 use std::fs;
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 
 use super::volume::{Owner, VolumePlan};
-use crate::error::{Error, Kind, Result, WithKind};
-use crate::namespace::unescape;
+use crate::error::{Error, Result};
+use crate::mount_table::MountTable;
 
 /// Directory of a pod's `emptyDir`s, below the pod's own.
 const EMPTY_DIRS: [&str; 2] = ["volumes", "kubernetes.io~empty-dir"];
@@ -31,8 +32,8 @@ pub struct InEmptyDir {
     pub in_memory: bool,
 }
 
-/// Looks for the pod's `emptyDir`s among the plan's binds.
-pub async fn look(owner: Owner<'_>, plan: &VolumePlan) -> Result<Vec<InEmptyDir>> {
+/// Looks for the pod's `emptyDir`s among the plan's binds; `table` has the host's mounts.
+pub async fn look(owner: Owner<'_>, plan: &VolumePlan, table: &Arc<MountTable>) -> Result<Vec<InEmptyDir>> {
     let Some(pod_uid) = owner.pod_uid else { return Ok(Vec::new()) };
     let in_pod = |path: &Path| path.iter().any(|part| part == pod_uid);
     let binds = plan.binds.iter().filter(|bind| in_pod(&bind.source));
@@ -40,19 +41,17 @@ pub async fn look(owner: Owner<'_>, plan: &VolumePlan) -> Result<Vec<InEmptyDir>
     if candidates.is_empty() {
         return Ok(Vec::new());
     }
-    let pod_uid = pod_uid.to_owned();
-    // Not on the host thread: a source is what the host's own mount table says now.
-    let looked = tokio::task::spawn_blocking(move || -> Result<Vec<InEmptyDir>> {
-        let table = fs::read("/proc/thread-self/mountinfo").or_kind(Kind::Internal, "read the mount table")?;
+    let (pod_uid, table) = (pod_uid.to_owned(), Arc::clone(table));
+    let looked = tokio::task::spawn_blocking(move || {
         // A source that does not exist is refused by who attaches it.
         let canonical = candidates.into_iter().filter_map(|(index, path)| Some((index, fs::canonicalize(path).ok()?)));
-        Ok(canonical.filter_map(|(index, source)| find(&table, index, &source, &pod_uid)).collect())
+        canonical.filter_map(|(index, source)| find(&table, index, &source, &pod_uid)).collect()
     });
-    looked.await.map_err(|error| Error::internal(format!("look at the volumes: {error}")))?
+    looked.await.map_err(|error| Error::internal(format!("look at the volumes: {error}")))
 }
 
-/// Where `source` (canonical) leads by a mount table as in `/proc/<pid>/mountinfo` (proc(5)).
-fn find(table: &[u8], index: usize, source: &Path, pod_uid: &str) -> Option<InEmptyDir> {
+/// Where `source` (canonical) leads.
+fn find(table: &MountTable, index: usize, source: &Path, pod_uid: &str) -> Option<InEmptyDir> {
     let pod = source.ancestors().find(|path| path.ends_with(Path::new("pods").join(pod_uid)))?;
     let mut rest = source.strip_prefix(pod).ok()?.components();
     let directory = pod.join(EMPTY_DIRS.iter().collect::<PathBuf>());
@@ -64,10 +63,9 @@ fn find(table: &[u8], index: usize, source: &Path, pod_uid: &str) -> Option<InEm
     }
     let volume = rest.next()?.as_os_str().to_str()?.to_owned();
     let host_path = directory.join(&volume);
-    let mounts: Vec<Mount> = table.split(|byte| *byte == b'\n').filter_map(Mount::parse).collect();
-    let on = mount_of(&mounts, &host_path)?;
+    let on = table.mount_of(&host_path)?;
     let below = if is_subpath {
-        let from = mount_of(&mounts, source)?;
+        let from = table.mount_of(source)?;
         // Both by their paths in the file system that they are in.
         let whole = on.in_file_system(&host_path)?;
         (from.device == on.device).then_some(())?;
@@ -77,38 +75,8 @@ fn find(table: &[u8], index: usize, source: &Path, pod_uid: &str) -> Option<InEm
     };
     let plain = below.components().all(|part| matches!(part, Component::Normal(_)));
     let below = below.to_str().filter(|_| plain)?.to_owned();
-    let in_memory = on.is_tmpfs && on.mount_point == host_path;
+    let in_memory = on.fstype == "tmpfs" && on.mount_point == host_path;
     Some(InEmptyDir { index, volume, host_path, below, in_memory })
-}
-
-/// The mount that a path is on: of those at one place the latest.
-fn mount_of<'a>(mounts: &'a [Mount], path: &Path) -> Option<&'a Mount> {
-    let above = mounts.iter().filter(|mount| path.starts_with(&mount.mount_point));
-    above.max_by_key(|mount| mount.mount_point.components().count())
-}
-
-/// One line of a mount table.
-struct Mount {
-    device: Vec<u8>,
-    root: PathBuf,
-    mount_point: PathBuf,
-    is_tmpfs: bool,
-}
-
-impl Mount {
-    fn parse(line: &[u8]) -> Option<Self> {
-        let mut fields = line.split(|byte| *byte == b' ');
-        let device = fields.nth(2)?.to_owned();
-        let (root, mount_point) = (unescape(fields.next()?), unescape(fields.next()?));
-        // A variable number of fields ends at a dash of its own.
-        fields.find(|field| *field == b"-")?;
-        Some(Self { device, root, mount_point, is_tmpfs: fields.next()? == b"tmpfs" })
-    }
-
-    /// What a path on this mount is called in its file system.
-    fn in_file_system(&self, path: &Path) -> Option<PathBuf> {
-        Some(self.root.join(path.strip_prefix(&self.mount_point).ok()?))
-    }
 }
 
 #[cfg(test)]
@@ -126,7 +94,8 @@ mod tests {
 
     fn found(below_pods: &str) -> Option<(String, String, bool)> {
         let source = Path::new("/var/lib/kubelet/pods").join(below_pods);
-        find(TABLE.as_bytes(), 0, &source, "8f2c").map(|found| (found.volume, found.below, found.in_memory))
+        find(&MountTable::parse(TABLE.as_bytes()), 0, &source, "8f2c")
+            .map(|found| (found.volume, found.below, found.in_memory))
     }
 
     #[test]

@@ -20,6 +20,7 @@
 
 use std::os::fd::OwnedFd;
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 
 use bulkhead_proto::{SHARE_SCHEME, SHM_SOURCE};
 use rustix::fs::FileType;
@@ -28,6 +29,7 @@ use serde_json::{Map, Value, json};
 use crate::error::{Error, Result};
 use crate::host::HostThread;
 use crate::idmap::IdMappings;
+use crate::mount_table::MountTable;
 use crate::namespace::{Access, Propagation, ShareRoot, Tree};
 
 /// Whose volumes are planned.
@@ -409,21 +411,19 @@ pub async fn attach(host: &HostThread, share: &ShareRoot, container_id: &str, pl
 ///
 /// The guest's kernel meets the mounts below when somebody walks into them, and would give them the flags of what they lie
 /// on: read-only, where `ro` of the OCI spec leaves them as they are.
-pub async fn spare_mounts_below(container_id: &str, plan: &mut VolumePlan) -> Result<()> {
+pub async fn spare_mounts_below(container_id: &str, plan: &mut VolumePlan, table: &Arc<MountTable>) -> Result<()> {
     let topmost_only = |bind: &&Bind| bind.recursive && bind.access == Access::ReadOnly;
     let candidates: Vec<(usize, PathBuf)> =
         plan.binds.iter().filter(topmost_only).map(|bind| (bind.index, bind.source.clone())).collect();
     if candidates.is_empty() {
         return Ok(());
     }
-    // Not on the host thread, as in `attach`.
+    let table = Arc::clone(table);
     let spared = tokio::task::spawn_blocking(move || {
-        let below = |(index, source): (usize, PathBuf)| -> Result<Option<usize>> {
-            Ok(Tree::has_mounts_below(&source)?.then_some(index))
-        };
-        candidates.into_iter().filter_map(|candidate| below(candidate).transpose()).collect::<Result<Vec<_>>>()
+        let below = |(index, source): (usize, PathBuf)| table.has_mounts_below(&source).then_some(index);
+        candidates.into_iter().filter_map(below).collect::<Vec<_>>()
     });
-    for index in spared.await.map_err(|error| Error::internal(format!("look for mounts below volumes: {error}")))?? {
+    for index in spared.await.map_err(|error| Error::internal(format!("look for mounts below volumes: {error}")))? {
         let mount = plan.guest_mount_of(container_id, index);
         if let Some(options) = mount.and_then(|mount| mount.get_mut("options")).and_then(Value::as_array_mut) {
             options.retain(|option| option != "ro");
@@ -460,15 +460,13 @@ mod tests {
 
     const SANDBOX: &str = "5f2d";
 
+    fn owner(user_namespace: Option<&IdMappings>) -> Owner<'_> {
+        let bundle = Path::new("/bundle");
+        Owner { container_id: "web", sandbox_id: SANDBOX, pod_uid: None, bundle, user_namespace }
+    }
+
     fn plan(mounts: &Value) -> Result<VolumePlan> {
-        let owner = Owner {
-            container_id: "web",
-            sandbox_id: SANDBOX,
-            pod_uid: None,
-            bundle: Path::new("/bundle"),
-            user_namespace: None,
-        };
-        plan_volumes(&json!({ "mounts": mounts }), owner)
+        plan_volumes(&json!({ "mounts": mounts }), owner(None))
     }
 
     fn bind(source: &str, destination: &str, options: &[&str]) -> Value {
@@ -478,14 +476,7 @@ mod tests {
     #[test]
     fn the_mounts_of_a_cri_container_become_the_golden_file() {
         let spec: Value = serde_json::from_str(include_str!("testdata/cri-spec.json")).expect("is JSON");
-        let owner = Owner {
-            container_id: "web",
-            sandbox_id: SANDBOX,
-            pod_uid: None,
-            bundle: Path::new("/bundle"),
-            user_namespace: None,
-        };
-        let plan = plan_volumes(&spec, owner).expect("is planned");
+        let plan = plan_volumes(&spec, owner(None)).expect("is planned");
         let binds: Vec<String> = plan
             .binds
             .iter()

@@ -156,12 +156,12 @@ const MEETING: &str = r#"
 fn meeting(user: &User) -> Result<()> {
     let data = host_directory(user)?;
     let volumes = json!([{"name": "work", "emptyDir": {}}, {"name": "data", "hostPath": {"path": data}}]);
-    let prepare = script("prepare", "for d in /work/part /data; do mkfifo $d/f; head -c 4096 /dev/zero > $d/m; done");
-    let whole = mounts(json!([{"name": "work", "mountPath": "/work"}, {"name": "data", "mountPath": "/data"}]));
+    let prepare = script("prepare", "for d in /both/part /data; do mkfifo $d/f; head -c 4096 /dev/zero > $d/m; done");
+    let whole = mounts(json!([{"name": "work", "mountPath": "/both"}, {"name": "data", "mountPath": "/data"}]));
     let prepare = with(
         prepare,
         mounts(json!([
-            {"name": "work", "mountPath": "/work/part", "subPath": "part"}, {"name": "data", "mountPath": "/data"},
+            {"name": "work", "mountPath": "/both/part", "subPath": "part"}, {"name": "data", "mountPath": "/data"},
         ])),
     );
     let part = mounts(json!([{"name": "work", "mountPath": "/mine", "subPath": "part"}]));
@@ -181,7 +181,7 @@ fn meeting(user: &User) -> Result<()> {
             Ok(())
         })
     };
-    for (container, directory) in [("in-part", "/work/part"), ("in-whole", "/data")] {
+    for (container, directory) in [("in-part", "/both/part"), ("in-whole", "/data")] {
         told(container, "listening")?;
         let meet = ["exec", "meeting", "-c", "peer", "--", "perl", "-e", MEETING, directory];
         let said = user.kubectl(&meet).success()?.text();
