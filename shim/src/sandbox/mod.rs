@@ -13,6 +13,7 @@
 pub mod boot;
 pub mod driver;
 mod ledger;
+pub mod pod;
 pub mod spec;
 pub mod state;
 

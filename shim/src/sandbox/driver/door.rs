@@ -9,7 +9,7 @@ use super::{Container, Door, Driver};
 use crate::container::process::{Exit, Phase};
 use crate::container::{ContainerId, ProcessId};
 use crate::error::{Error, Result};
-use crate::sandbox::boot::Farewell;
+use crate::sandbox::pod::Farewell;
 use crate::sandbox::state::State;
 use crate::sandbox::{Reply, SandboxStatus};
 

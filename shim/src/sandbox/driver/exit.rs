@@ -17,7 +17,7 @@ use crate::container::process::{Exit, Held, HeldExit, Phase, Process, Step};
 use crate::container::spec::Role;
 use crate::container::stdio::OutputCount;
 use crate::container::{ContainerId, ProcessId};
-use crate::sandbox::boot::Farewell;
+use crate::sandbox::pod::Farewell;
 use crate::sandbox::state::State;
 use crate::service::convert::timestamp;
 use crate::timeouts;

@@ -14,7 +14,7 @@ use crate::container::process::Phase;
 use crate::container::spec::{self, Role};
 use crate::error::{Error, Result};
 use crate::sandbox::Reply;
-use crate::sandbox::boot::Access;
+use crate::sandbox::pod::Access;
 use crate::sandbox::spec::PodResources;
 use crate::sizing::Limits;
 

@@ -17,7 +17,7 @@ use crate::container::stdio::{Logged, Stdio, StdioPaths};
 use crate::container::{ContainerId, ProcessId};
 use crate::error::{Error, Kind, Result, WithKind};
 use crate::hooks::Moment;
-use crate::sandbox::boot::{Access, Farewell};
+use crate::sandbox::pod::{Access, Farewell};
 use crate::sandbox::state::State;
 use crate::sandbox::{Deleted, ExecTask, Reply};
 use crate::service::convert::timestamp;

@@ -10,7 +10,7 @@ use crate::container::process::{Exit, Phase, Process};
 use crate::container::spec::Role;
 use crate::error::{Error, Kind};
 use crate::network::TapFiles;
-use crate::sandbox::boot::Farewell;
+use crate::sandbox::pod::Farewell;
 use crate::sandbox::state::{State, Step};
 
 impl Driver {
