@@ -86,16 +86,12 @@ impl Subtree {
         text.trim().parse().with_context(|| format!("parse {text:?}"))
     }
 
-    /// Removes `child` where it has become empty; whether it is gone everywhere. What is not empty stays, and is then found
-    /// by [`Self::list`].
-    pub fn remove_if_empty(&self, child: &str) -> bool {
-        let mut gone = true;
+    /// Removes `child` where it has become empty. What is not empty stays, and is then found by [`Self::list`].
+    pub fn remove_if_empty(&self, child: &str) {
         for hierarchy in &self.hierarchies {
-            let path = hierarchy.join(&self.name).join(child);
             // Refused while a process or a group is left in it.
-            gone &= fs::remove_dir(&path).is_ok() || !path.exists();
+            drop(fs::remove_dir(hierarchy.join(&self.name).join(child)));
         }
-        gone
     }
 
     /// Every group below the subtree, as `hierarchy:path`.

@@ -288,9 +288,13 @@ impl Node {
     }
 
     /// Removes the cgroups of pods that are gone, as far as they are empty by now.
+    ///
+    /// Of all of them every time, as the kubelet does: a pod that was removed while it still started makes its cgroup again,
+    /// under any runtime.
     pub fn sweep_cgroups(&self) {
-        let mut released = self.released.lock().unwrap_or_else(PoisonError::into_inner);
-        released.retain(|pod| !self.cgroups.remove_if_empty(pod));
+        for pod in self.released.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            self.cgroups.remove_if_empty(pod);
+        }
     }
 
     /// Where containerd and the shims write their log.
