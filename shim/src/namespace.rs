@@ -325,7 +325,8 @@ mod tests {
     use super::*;
     use crate::host::HostThread;
     use crate::idmap::{IdMapping, IdMappings};
-    use crate::storage::{plan, rootfs, volume};
+    use crate::storage::bind::{self, Bind, Ids};
+    use crate::storage::{plan, rootfs};
 
     /// A pod's namespace and a directory of the host to take things from; `None`, with the reason printed, without root.
     fn pod() -> Option<(tempfile::TempDir, HostThread, ShareRoot)> {
@@ -339,11 +340,10 @@ mod tests {
         Some((dir, host, ShareRoot::new(root)))
     }
 
-    fn bind(source: &Path, access: Access, propagation: Propagation) -> volume::VolumePlan {
+    fn volume(source: &Path, access: Access, propagation: Propagation) -> Bind {
         let destination = "/data".to_owned();
         let (source, recursive, ids) = (source.into(), true, None);
-        let bind = volume::Bind { index: 0, source, destination, recursive, access, propagation, ids };
-        volume::VolumePlan { binds: vec![bind], ..volume::VolumePlan::default() }
+        Bind { index: 0, source, destination, recursive, access, propagation, ids }
     }
 
     async fn read(host: &HostThread, path: PathBuf) -> anyhow::Result<String> {
@@ -356,8 +356,8 @@ mod tests {
         let source = dir.path().join("source");
         fs::create_dir(&source).expect("mkdir");
         fs::write(source.join("file"), "content").expect("write");
-        let plan = bind(&source, Access::Writable, Propagation::Private);
-        volume::attach(&host, &share, "web", &plan).await.expect("attaches");
+        let volume = volume(&source, Access::Writable, Propagation::Private);
+        bind::attach(&host, &share, "web", &[volume]).await.expect("attaches");
         let seen = share.exported().join("web/0/file");
         assert_eq!(read(&host, seen.clone()).await.expect("is there"), "content");
         assert!(!seen.exists(), "the host must not see the pod's mounts");
@@ -373,8 +373,8 @@ mod tests {
         fs::write(dir.path().join("real"), "linked").expect("write");
         fs::write(dir.path().join("neighbour"), "secret").expect("write");
         symlink("real", dir.path().join("link")).expect("symlink");
-        let plan = bind(&dir.path().join("link"), Access::Writable, Propagation::Private);
-        volume::attach(&host, &share, "web", &plan).await.expect("attaches");
+        let volume = volume(&dir.path().join("link"), Access::Writable, Propagation::Private);
+        bind::attach(&host, &share, "web", &[volume]).await.expect("attaches");
         assert_eq!(read(&host, share.exported().join("web/0")).await.expect("is there"), "linked");
         let listed = share.exported().join("web");
         let names = host.run(move || Ok(fs::read_dir(listed)?.count())).await.expect("lists");
@@ -385,8 +385,8 @@ mod tests {
     async fn a_missing_source_is_refused_in_runc_s_words_and_leaves_nothing() {
         let Some((dir, host, share)) = pod() else { return };
         let missing = dir.path().join("missing");
-        let plan = bind(&missing, Access::Writable, Propagation::Private);
-        let error = volume::attach(&host, &share, "web", &plan).await.expect_err("is refused");
+        let volume = volume(&missing, Access::Writable, Propagation::Private);
+        let error = bind::attach(&host, &share, "web", &[volume]).await.expect_err("is refused");
         let expected = format!(
             "error mounting {missing:?} to rootfs at \"/data\": stat {}: no such file or directory",
             missing.display()
@@ -403,8 +403,8 @@ mod tests {
         for (name, target) in [("zero", "/dev/zero"), ("proc", "/proc/self")] {
             let link = dir.path().join(name);
             symlink(target, &link).expect("symlink");
-            let plan = bind(&link, Access::Writable, Propagation::Private);
-            let error = volume::attach(&host, &share, "web", &plan).await.expect_err("is refused");
+            let volume = volume(&link, Access::Writable, Propagation::Private);
+            let error = bind::attach(&host, &share, "web", &[volume]).await.expect_err("is refused");
             assert!(error.to_string().contains("not available in the guest"), "{error}");
         }
     }
@@ -415,8 +415,8 @@ mod tests {
         for (access, writable) in
             [(Access::Writable, true), (Access::ReadOnly, false), (Access::ReadOnlyRecursive, false)]
         {
-            let plan = bind(dir.path(), access, Propagation::Private);
-            volume::attach(&host, &share, "web", &plan).await.expect("attaches");
+            let volume = volume(dir.path(), access, Propagation::Private);
+            bind::attach(&host, &share, "web", &[volume]).await.expect("attaches");
             let file = share.exported().join("web/0/written");
             assert_eq!(host.run(move || Ok(fs::write(file, "x").is_ok())).await.expect("runs"), writable, "{access:?}");
             rootfs::detach(&host, &share, "web").await.expect("detaches");
@@ -435,8 +435,8 @@ mod tests {
         rustix::mount::mount_change(&source, MountPropagationFlags::SHARED).expect("share");
         fs::create_dir(source.join("later")).expect("mkdir");
         for (container, propagation) in [("private", Propagation::Private), ("slave", Propagation::Slave)] {
-            let plan = bind(&source, Access::Writable, propagation);
-            volume::attach(&host, &share, container, &plan).await.expect("attaches");
+            let volume = volume(&source, Access::Writable, propagation);
+            bind::attach(&host, &share, container, &[volume]).await.expect("attaches");
         }
         rustix::mount::mount("tmpfs", source.join("later"), "tmpfs", MountFlags::empty(), None).expect("mount");
         fs::write(source.join("later/file"), "x").expect("write");
@@ -515,9 +515,9 @@ mod tests {
         fs::write(source.join("file"), "x").expect("write");
         let map = vec![IdMapping { container_id: 0, host_id: 100_000, size: 65_536 }];
         let mappings = IdMappings { uids: map.clone(), gids: map };
-        let mut plan = bind(&source, Access::Writable, Propagation::Private);
-        plan.binds[0].ids = Some(volume::Ids { mappings, recursive: false });
-        volume::attach(&host, &share, "web", &plan).await.expect("attaches");
+        let mut volume = volume(&source, Access::Writable, Propagation::Private);
+        volume.ids = Some(Ids { mappings, recursive: false });
+        bind::attach(&host, &share, "web", std::slice::from_ref(&volume)).await.expect("attaches");
         let file = share.exported().join("web/0/file");
         let seen = host.run(move || {
             let seen = fs::metadata(&file)?.uid();
@@ -527,8 +527,8 @@ mod tests {
         assert_eq!(seen.await.expect("reads"), 100_000);
         assert_eq!(fs::metadata(source.join("file")).expect("is there").uid(), 33);
 
-        plan.binds[0].source = "/proc/self/attr".into();
-        let error = volume::attach(&host, &share, "proc", &plan).await.expect_err("is refused");
+        volume.source = "/proc/self/attr".into();
+        let error = bind::attach(&host, &share, "proc", &[volume]).await.expect_err("is refused");
         assert_eq!(error.kind(), Kind::InvalidArgument, "{error}");
     }
 

@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 
 use bulkhead_shim::host::HostThread;
 use bulkhead_shim::namespace::{self, Access, Propagation, ShareRoot};
+use bulkhead_shim::storage::bind::{self, Bind};
 use bulkhead_shim::storage::plan::{Mount, plan_rootfs};
-use bulkhead_shim::storage::{rootfs, volume};
+use bulkhead_shim::storage::rootfs;
 
 /// A pod's mount namespace with a virtiofsd in it.
 struct Bed {
@@ -114,25 +115,22 @@ async fn a_container_restarted_a_hundred_times_leaves_no_mount_with_virtiofsd() 
     ];
     let mounts = [Mount { fstype: "overlay".into(), source: "overlay".into(), target: String::new(), options }];
     let plan = plan_rootfs(&mounts, None).expect("is planned");
-    let volumes = volume::VolumePlan {
-        binds: (0..3)
-            .map(|index| volume::Bind {
-                index,
-                source: layers.join(if index == 0 { "volume" } else { "volume/file" }),
-                destination: "/data".into(),
-                recursive: true,
-                access: Access::ReadOnly,
-                propagation: Propagation::Private,
-                ids: None,
-            })
-            .collect(),
-        ..volume::VolumePlan::default()
-    };
+    let volumes: Vec<Bind> = (0..3)
+        .map(|index| Bind {
+            index,
+            source: layers.join(if index == 0 { "volume" } else { "volume/file" }),
+            destination: "/data".into(),
+            recursive: true,
+            access: Access::ReadOnly,
+            propagation: Propagation::Private,
+            ids: None,
+        })
+        .collect();
     let before = bed.mount_count();
     for round in 0..100 {
         let round_s = |error| format!("round {round}: {error}");
         rootfs::attach(&bed.host, &bed.share, "web", &plan).await.map_err(round_s).expect("attaches");
-        volume::attach(&bed.host, &bed.share, "web", &volumes).await.map_err(round_s).expect("attaches");
+        bind::attach(&bed.host, &bed.share, "web", &volumes).await.map_err(round_s).expect("attaches");
         let seen = fs::read_to_string(bed.inside("web/rootfs/file")).expect("virtiofsd sees the rootfs");
         assert_eq!(seen, "of the image");
         for path in ["web/0/file", "web/1", "web/2"] {
@@ -153,7 +151,7 @@ async fn what_virtiofsd_holds_open_does_not_stop_the_removal() {
     fs::create_dir(&source).expect("mkdir");
     rustix::mount::mount("tmpfs", &source, "tmpfs", rustix::mount::MountFlags::empty(), None).expect("mount");
     fs::write(source.join("file"), "x").expect("write");
-    let bind = volume::Bind {
+    let volume = Bind {
         index: 0,
         source: source.clone(),
         destination: "/data".into(),
@@ -162,8 +160,7 @@ async fn what_virtiofsd_holds_open_does_not_stop_the_removal() {
         propagation: Propagation::Private,
         ids: None,
     };
-    let volumes = volume::VolumePlan { binds: vec![bind], ..volume::VolumePlan::default() };
-    volume::attach(&bed.host, &bed.share, "web", &volumes).await.expect("attaches");
+    bind::attach(&bed.host, &bed.share, "web", &[volume]).await.expect("attaches");
     // As an inode that the guest has not forgotten is held.
     let held = fs::File::open(bed.inside("web/0/file")).expect("opens");
     rootfs::detach(&bed.host, &bed.share, "web").await.expect("detaches");

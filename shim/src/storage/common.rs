@@ -14,9 +14,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use bulkhead_proto::SHARE_SCHEME;
 use serde_json::json;
 
+use super::bind::{self, Bind, Ids};
 use super::container::Place;
 use super::empty_dir::InEmptyDir;
-use super::volume::{self, Bind, Ids, Owner, VolumePlan};
+use super::volume::{Owner, VolumePlan};
 use crate::error::{Error, Result};
 use crate::mount_table::MountTable;
 use crate::namespace::{Access, Identity, Propagation, ShareRoot, Tree};
@@ -194,12 +195,12 @@ impl Candidate {
     }
 
     /// None if it is for this container alone.
-    fn open(self, table: &MountTable, namespaces: &mut volume::Namespaces) -> Result<Option<(Self, Key, Tree)>> {
+    fn open(self, table: &MountTable, namespaces: &mut bind::Namespaces) -> Result<Option<(Self, Key, Tree)>> {
         // One that does not exist is refused by who attaches the others.
         if !self.bind.source.is_dir() || table.has_mounts_below(&self.bind.source) {
             return Ok(None);
         }
-        let (bind, tree) = volume::open(self.bind, namespaces)?;
+        let (bind, tree) = bind::open(self.bind, namespaces)?;
         // A file system that tells nothing of itself is each container's own.
         let Ok(identity) = tree.identity() else { return Ok(None) };
         let key = Key {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use bulkhead_proto::agent::{BlockDevice, GuestMount, MemoryVolume};
 use serde_json::Value;
 
+use super::bind;
 use super::block_volume::{self, BlockVolume, BlockVolumes, Lease};
 use super::common::CommonVolumes;
 use super::plan::{self, Mount, RootfsPlan};
@@ -91,7 +92,7 @@ impl ContainerStorage {
         let attached = async {
             storage.common_volumes = common::attach(place, owner, &empty_dirs, &table, &mut volume_plan).await?;
             volume::spare_mounts_below(owner.container_id, &mut volume_plan, &table).await?;
-            volume::attach(&place.host, &place.share, owner.container_id, &volume_plan).await?;
+            bind::attach(&place.host, &place.share, owner.container_id, &volume_plan.binds).await?;
             let object = spec.as_object_mut().ok_or_else(|| Error::invalid("spec is not a JSON object"))?;
             object.insert("mounts".into(), Value::Array(volume_plan.guest_mounts));
             Ok(())

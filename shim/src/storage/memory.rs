@@ -11,8 +11,9 @@ use bulkhead_proto::MEMORY_SCHEME;
 use bulkhead_proto::agent::MemoryVolume;
 use serde_json::json;
 
+use super::bind::Ids;
 use super::empty_dir::InEmptyDir;
-use super::volume::{Ids, Owner, VolumePlan};
+use super::volume::{Owner, VolumePlan};
 use crate::error::{Error, Kind, Result, WithKind};
 use crate::idmap::IdMapping;
 

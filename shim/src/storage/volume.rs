@@ -1,6 +1,6 @@
 //! Volumes: the mounts of an OCI spec, each shared with the guest, kept as a mount of the guest's own, or refused.
 //!
-//! [`plan_volumes`] is pure; [`attach`] acts. What happens to a mount:
+//! [`plan_volumes`] is pure; [`super::bind`] acts on it. What happens to a mount:
 //!
 //! | mount of the spec | in the guest |
 //! |---|---|
@@ -13,24 +13,23 @@
 //! | any other type | refused |
 //!
 //! Directories are shared as they are, so updates of `ConfigMap`s, Secrets and projected tokens arrive; a file is shared by
-//! itself, never its directory. Id-mapped binds are mapped here, on the host, by the kernel that has the file system: the guest sees the owners as they
-//! are in the user namespace's parent, and makes that namespace with the same maps. So what it writes has the owner on the
-//! host that it would have with runc, mapped or not.
+//! itself, never its directory. Id-mapped binds are mapped here, on the host, by the kernel that has the file system: the
+//! guest sees the owners as they are in the user namespace's parent, and makes that namespace with the same maps. So what it
+//! writes has the owner on the host that it would have with runc, mapped or not.
 //! See <https://github.com/opencontainers/runtime-spec/blob/main/config.md#mounts>.
 
-use std::os::fd::OwnedFd;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use bulkhead_proto::{SHARE_SCHEME, SHM_SOURCE};
-use rustix::fs::FileType;
 use serde_json::{Map, Value, json};
 
+use super::bind::{Bind, refusal, share_path};
+use super::spec_mount::SpecMount;
 use crate::error::{Error, Result};
-use crate::host::HostThread;
 use crate::idmap::IdMappings;
 use crate::mount_table::MountTable;
-use crate::namespace::{Access, Propagation, ShareRoot, Tree};
+use crate::namespace::{Access, Propagation};
 
 /// Whose volumes are planned.
 #[derive(Debug, Clone, Copy)]
@@ -47,40 +46,12 @@ pub struct Owner<'a> {
     pub user_namespace: Option<&'a IdMappings>,
 }
 
-/// A file or directory of the host that goes into the share.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Bind {
-    /// Names it in the share: `<container>/<index>`.
-    pub index: usize,
-    /// On the host; symbolic links are followed when it is attached.
-    pub source: PathBuf,
-    /// In the container, for messages.
-    pub destination: String,
-    /// With the mounts below it.
-    pub recursive: bool,
-    /// What the share lets the guest do.
-    pub access: Access,
-    /// Whether later mounts below the source arrive.
-    pub propagation: Propagation,
-    /// How owners are seen; `None` is as they are.
-    pub ids: Option<Ids>,
-}
-
-/// Maps through which the owners of a bind's files are seen and set.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Ids {
-    /// The maps.
-    pub mappings: IdMappings,
-    /// For the mounts below the bind too (`ridmap`).
-    pub recursive: bool,
-}
-
 /// What becomes of a spec's mounts.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct VolumePlan {
     /// The `mounts` of the guest's spec, in the order of the host's.
     pub guest_mounts: Vec<Value>,
-    /// What [`attach`] puts into the share.
+    /// What [`super::bind::attach`] puts into the share.
     pub binds: Vec<Bind>,
     /// What was asked for and is left out; each a phrase for the log.
     pub notes: Vec<String>,
@@ -121,34 +92,6 @@ const KERNEL_SOURCES: [(&str, &str); 11] = [
     ("/sys/kernel/tracing", "tracefs"),
 ];
 
-/// Options that say how a mount is made, propagates or maps ids, not what it allows; the guest gets its own.
-const OF_THE_MOUNT: [&str; 12] = [
-    "bind",
-    "rbind",
-    "private",
-    "rprivate",
-    "slave",
-    "rslave",
-    "shared",
-    "rshared",
-    "unbindable",
-    "runbindable",
-    "idmap",
-    "ridmap",
-];
-
-/// Options of the OCI spec that reach the mounts below, by the name that `mount(8)` has for one mount.
-const RECURSIVE: [(&str, &str); 8] = [
-    ("rro", "ro"),
-    ("rrw", "rw"),
-    ("rnosuid", "nosuid"),
-    ("rnodev", "nodev"),
-    ("rnoexec", "noexec"),
-    ("rnoatime", "noatime"),
-    ("rnodiratime", "nodiratime"),
-    ("rrelatime", "relatime"),
-];
-
 /// Decides what becomes of `mounts` in an OCI `spec`.
 pub fn plan_volumes(spec: &Value, owner: Owner<'_>) -> Result<VolumePlan> {
     let mut plan = VolumePlan::default();
@@ -163,84 +106,6 @@ pub fn plan_volumes(spec: &Value, owner: Owner<'_>) -> Result<VolumePlan> {
         plan.guest_mounts.push(guest_mount);
     }
     Ok(plan)
-}
-
-/// One entry of the spec's `mounts`.
-struct SpecMount {
-    destination: String,
-    fstype: String,
-    source: String,
-    options: Vec<String>,
-    /// `uidMappings` and `gidMappings`.
-    mappings: Option<IdMappings>,
-}
-
-impl SpecMount {
-    fn parse(value: &Value) -> Result<Self> {
-        let text = |key: &str| match value.get(key) {
-            None | Some(Value::Null) => Ok(String::new()),
-            Some(Value::String(text)) => Ok(text.clone()),
-            Some(_) => Err(Error::invalid(format!("{key} is not a string"))),
-        };
-        let options = value.get("options").and_then(Value::as_array).into_iter().flatten();
-        let string = |option: &Value| option.as_str().map(str::to_owned);
-        let options = options.map(string).collect::<Option<Vec<_>>>();
-        let options = options.ok_or_else(|| Error::invalid("options are not all strings"))?;
-        let destination = text("destination")?;
-        if destination.is_empty() {
-            return Err(Error::invalid("destination is missing"));
-        }
-        Ok(Self {
-            destination,
-            fstype: text("type")?,
-            source: text("source")?,
-            options,
-            mappings: IdMappings::of_oci(value, "")?,
-        })
-    }
-
-    /// How a bind shows owners, in a container whose user namespace has the maps `user_namespace`.
-    fn ids(&self, user_namespace: Option<&IdMappings>) -> Result<Option<Ids>> {
-        let recursive = self.has("ridmap");
-        match (&self.mappings, user_namespace) {
-            (Some(mappings), _) => Ok(Some(Ids { mappings: mappings.clone(), recursive })),
-            (None, _) if !recursive && !self.has("idmap") => Ok(None),
-            (None, Some(own)) => Ok(Some(Ids { mappings: own.clone(), recursive })),
-            (None, None) => Err(Error::invalid(format!(
-                "mount at {:?}: option {} needs uidMappings and gidMappings, or a container with a user namespace",
-                self.destination,
-                if recursive { "ridmap" } else { "idmap" }
-            ))),
-        }
-    }
-
-    /// Whether the kernel would be asked for a bind: by the type's name, or by an option, as runc sees it.
-    fn is_bind(&self) -> bool {
-        matches!(self.fstype.as_str(), "bind" | "rbind") || self.has("bind") || self.has("rbind")
-    }
-
-    fn has(&self, option: &str) -> bool {
-        self.options.iter().any(|given| given == option)
-    }
-
-    /// The last of several contradicting options counts, as in mount(8).
-    fn access(&self) -> Access {
-        self.options.iter().fold(Access::Writable, |access, option| match option.as_str() {
-            "rw" | "rrw" => Access::Writable,
-            "ro" => Access::ReadOnly,
-            "rro" => Access::ReadOnlyRecursive,
-            _ => access,
-        })
-    }
-
-    /// The options that mean something in the guest.
-    fn guest_options(&self) -> Vec<String> {
-        let plain = |option: &String| {
-            let found = RECURSIVE.iter().find(|(recursive, _)| recursive == option);
-            found.map_or_else(|| option.clone(), |(_, plain)| (*plain).to_owned())
-        };
-        self.options.iter().filter(|option| !OF_THE_MOUNT.contains(&option.as_str())).map(plain).collect()
-    }
 }
 
 fn plan_mount(mount: &SpecMount, owner: Owner<'_>, plan: &mut VolumePlan) -> Result<Value> {
@@ -322,11 +187,6 @@ fn share_source(container_id: &str, index: usize) -> String {
     format!("{SHARE_SCHEME}{}", share_path(container_id, index))
 }
 
-/// Path of volume `index` below the share.
-pub fn share_path(container_id: &str, index: usize) -> String {
-    format!("{container_id}/{index}")
-}
-
 fn oci_mount(destination: &str, fstype: &str, source: &str, options: &[String]) -> Value {
     let mut mount = Map::new();
     mount.insert("destination".into(), json!(destination));
@@ -363,50 +223,6 @@ fn lexical(path: &Path) -> PathBuf {
     clean
 }
 
-fn refusal(source: &Path, destination: &str) -> Error {
-    Error::invalid(format!(
-        "mount \"{}\" to {destination:?}: devices and kernel files of the host are not available in the guest",
-        source.display()
-    ))
-}
-
-/// Puts the plan's binds into the share; on error none is left there.
-///
-/// A source that does not exist is refused in runc's words. Not cancel safe: run it as a job.
-pub async fn attach(host: &HostThread, share: &ShareRoot, container_id: &str, plan: &VolumePlan) -> Result<()> {
-    if plan.binds.is_empty() {
-        return Ok(());
-    }
-    let binds = plan.binds.clone();
-    // Not on the host thread: a source is what the host's own mount table says now.
-    let opened = tokio::task::spawn_blocking(move || {
-        let mut namespaces = Vec::new();
-        binds.into_iter().map(|bind| open(bind, &mut namespaces)).collect::<Result<Vec<_>>>()
-    });
-    let trees = opened.await.map_err(|error| Error::internal(format!("open the volumes: {error}")))??;
-    let (share, container_id) = (share.clone(), container_id.to_owned());
-    let attached = host.run(move || {
-        let attach_one = |(bind, tree): (Bind, Tree)| -> Result<()> {
-            let relative = PathBuf::from(share_path(&container_id, bind.index));
-            let target = share.mount_point(&relative, tree.is_dir())?;
-            tree.attach(&target, bind.access, bind.propagation).map_err(|error| {
-                error.context(format!("mount \"{}\" to {:?}", bind.source.display(), bind.destination))
-            })
-        };
-        let indexes: Vec<usize> = trees.iter().map(|(bind, _)| bind.index).collect();
-        let attached = trees.into_iter().try_for_each(attach_one);
-        if attached.is_err() {
-            for index in indexes {
-                if let Err(error) = share.remove(Path::new(&share_path(&container_id, index))) {
-                    tracing::warn!(%error, "a volume of a container that failed is left in the share");
-                }
-            }
-        }
-        Ok(attached?)
-    });
-    Ok(attached.await?)
-}
-
 /// Leaves read-only binds with mounts below them to the share, which refuses writes to the topmost mount alone.
 ///
 /// The guest's kernel meets the mounts below when somebody walks into them, and would give them the flags of what they lie
@@ -430,28 +246,6 @@ pub async fn spare_mounts_below(container_id: &str, plan: &mut VolumePlan, table
         }
     }
     Ok(())
-}
-
-/// User namespaces for id-mapped volumes, by their maps.
-pub(super) type Namespaces = Vec<(IdMappings, OwnedFd)>;
-
-/// Clones a bind's source; `namespaces` are those of the container's id-mapped volumes, most often one for all of them.
-pub(super) fn open(bind: Bind, namespaces: &mut Namespaces) -> Result<(Bind, Tree)> {
-    let context = || format!("error mounting \"{}\" to rootfs at {:?}", bind.source.display(), bind.destination);
-    let tree = Tree::open(&bind.source, bind.recursive).map_err(|error| error.context(context()))?;
-    // A symbolic link may have led to where the plan would not have gone.
-    if tree.is_kernel_file_system() || matches!(tree.file_type(), FileType::BlockDevice | FileType::CharacterDevice) {
-        return Err(refusal(&bind.source, &bind.destination));
-    }
-    if let Some(ids) = &bind.ids {
-        if !namespaces.iter().any(|(mappings, _)| *mappings == ids.mappings) {
-            namespaces.push((ids.mappings.clone(), ids.mappings.namespace()?));
-        }
-        for (_, namespace) in namespaces.iter().filter(|(mappings, _)| *mappings == ids.mappings) {
-            tree.map_ids(namespace, ids.recursive).map_err(|error| error.context(context()))?;
-        }
-    }
-    Ok((bind, tree))
 }
 
 #[cfg(test)]
