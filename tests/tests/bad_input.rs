@@ -90,7 +90,11 @@ fn no_kvm(context: &Context) -> Result<()> {
         print!("(skipped: this machine has hardware virtualisation) ");
         return Ok(());
     }
-    refused(context, &Bulkhead { accel: Some("kvm".into()), ..Bulkhead::default() }, &["kvm", "accel"])
+    refused(
+        context,
+        &Bulkhead { accel: Some("kvm".into()), ..Bulkhead::default() },
+        &["qemu.accel = \"kvm\"", "accepted here are"],
+    )
 }
 
 fn missing_kernel(context: &Context) -> Result<()> {

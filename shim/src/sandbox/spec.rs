@@ -2,7 +2,7 @@
 //!
 //! Through the first door, a task's Create, all of it is in an OCI spec: that of the pause container, or of a container
 //! without a pod ([`SandboxSpec::of_task`]). Through the second, the sandbox API, it is in CRI's own message, which
-//! `service::sandbox` translates; then nobody on the host makes the files of `/etc` that a pod has ([`Etc`]).
+//! `service::cri` translates; then nobody on the host makes the files of `/etc` that a pod has ([`Etc`]).
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

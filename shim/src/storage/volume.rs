@@ -13,9 +13,9 @@
 //! | any other type | refused |
 //!
 //! Directories are shared as they are, so updates of `ConfigMap`s, Secrets and projected tokens arrive; a file is shared by
-//! itself, never its directory. Id-mapped binds are mapped here, on the host, by the kernel that has the file system: the
-//! guest sees the owners as they are in the user namespace's parent, and makes that namespace with the same maps. So what it
-//! writes has the owner on the host that it would have with runc, mapped or not.
+//! itself, never its directory. Id-mapped binds are mapped on the host ([`super::bind`]), by the kernel that has the file
+//! system: the guest sees the owners as they are in the user namespace's parent, and makes that namespace with the same maps.
+//! So what it writes has the owner on the host that it would have with runc, mapped or not.
 //! See <https://github.com/opencontainers/runtime-spec/blob/main/config.md#mounts>.
 
 use std::path::{Component, Path, PathBuf};

@@ -115,7 +115,7 @@ mod tests {
             assert!(choice.no_kvm.expect("says why").contains(reason));
             let error = choose(config::Accel::Kvm, cpu_offers, opened.map_err(Into::into)).expect_err("insists");
             let text = error.to_string();
-            assert!(text.starts_with("accel = \"kvm\": ") && text.contains(reason), "{text}");
+            assert!(text.starts_with("qemu.accel = \"kvm\": ") && text.contains(reason), "{text}");
         }
     }
 }

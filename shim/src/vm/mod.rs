@@ -46,8 +46,8 @@ const CONSOLE_IN_LOG: usize = 6000;
 /// Why there is no VM, or no longer.
 #[derive(Debug, thiserror::Error)]
 pub enum VmError {
-    /// `accel = "kvm"` on a machine without.
-    #[error("accel = \"kvm\": {0}; accepted here are \"auto\" and \"tcg\"")]
+    /// `qemu.accel = "kvm"` on a machine without.
+    #[error("qemu.accel = \"kvm\": {0}; accepted here are \"auto\" and \"tcg\"")]
     NoKvm(String),
     /// Kernel or initramfs is missing or not what it should be.
     #[error(transparent)]

@@ -36,7 +36,10 @@ impl Link {
     /// Picks a subnet that is free. The link itself is made by [`Self::connect`].
     pub fn choose(name: &str) -> Result<Self> {
         let addresses = Run::new("/sbin/ip").args(["-o", "-4", "addr"]).success()?.text();
-        let subnet = (0..=255).find(|subnet| !addresses.contains(&format!(" 10.213.{subnet}.")));
+        // The process id spreads nodes that start side by side: what is chosen is in use only once there is a node to connect.
+        let seed = std::process::id().to_le_bytes()[0];
+        let mut subnets = (0..=255_u8).map(|step| seed.wrapping_add(step));
+        let subnet = subnets.find(|subnet| !addresses.contains(&format!(" 10.213.{subnet}.")));
         Ok(Self { name: name.to_owned(), subnet: subnet.context("no free subnet in 10.213.0.0/16")? })
     }
 

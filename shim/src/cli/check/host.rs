@@ -58,11 +58,13 @@ fn judge_accelerator(choice: Result<Choice, VmError>) -> Finding {
     match choice {
         Ok(Choice { accel: Accel::Kvm, .. }) => Finding::ok(WHAT, accel::KVM),
         Ok(Choice { no_kvm: Some(why), .. }) => Finding::warning(WHAT, format!("QEMU emulates: {why}"), MEND),
-        Ok(Choice { no_kvm: None, .. }) => Finding::ok(WHAT, "QEMU emulates: accel = \"tcg\" in the configuration"),
+        Ok(Choice { no_kvm: None, .. }) => {
+            Finding::ok(WHAT, "QEMU emulates: qemu.accel = \"tcg\" in the configuration")
+        }
         Err(error) => Finding::missing(
             WHAT,
             error.to_string(),
-            "Set accel = \"auto\" in the configuration, or give the machine KVM.",
+            "Set qemu.accel = \"auto\" in the configuration, or give the machine KVM.",
         ),
     }
 }
