@@ -12,7 +12,7 @@ export BULKHEAD_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/bulkhead
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "%-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: ## install what building and testing takes (Debian 12+ or Ubuntu, as root)
+setup: ## install what building and testing takes (Debian 12+ or a new Ubuntu, as root)
 	tools/setup.sh
 
 setup-kubernetes: ## the same, and a Kubernetes of one node with its own end-to-end suite
@@ -35,7 +35,7 @@ dist: guest ## a tarball that installs on a machine without compilers
 demo: ## set up, build and show one pod from start to end
 	tools/demo.sh
 
-test: guest ## every test, under TCG
+test: guest ## every test but those of Kubernetes, emulated where there is no KVM
 	BULKHEAD_TEST_ASSETS=$(TARGET)/guest cargo test --locked --workspace
 
 test-all: ## every test, and its table with every containerd that is supported

@@ -18,5 +18,6 @@ Next: merge the snippet for your containerd into its configuration and restart i
   containerd 2.0 - 2.2  $prefix/share/bulkhead/runtimeclass/containerd-config-v3.toml
   containerd 2.3 on     $prefix/share/bulkhead/runtimeclass/containerd-config-v4.toml
 then see what this node has and lacks: $prefix/bin/bulkhead check
-and on Kubernetes: kubectl apply -f $prefix/share/bulkhead/runtimeclass/runtimeclass.yaml
+and on Kubernetes: kubectl label node NAME bulkhead.io/ready=true
+                   kubectl apply -f $prefix/share/bulkhead/runtimeclass/runtimeclass.yaml
 TEXT

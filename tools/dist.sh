@@ -10,7 +10,10 @@ rm -rf "$work"
 mkdir -p "$work"
 tools/install.sh "$work/root"
 install --mode=755 tools/dist-install.sh "$work/install.sh"
-install --mode=644 LICENSE README.md "$work/"
+install --mode=644 LICENSE README.md ARCHITECTURE.md "$work/"
+install -D --mode=644 docs/differences.md "$work/docs/differences.md"
+# Where README has its links.
+ln --symbolic root/share/bulkhead/runtimeclass "$work/runtimeclass"
 (cd "$work/root" && find . -type f -print0 | sort -z | xargs -0 sha256sum) >"$work/SHA256SUMS"
 # The same inputs give the same bytes.
 tar --create --gzip --file "dist/$name.tar.gz" --directory dist --sort=name --owner=0 --group=0 --numeric-owner \

@@ -2,7 +2,7 @@
 # Installs what Bulkhead is built and tested with on Debian 12 or newer and Ubuntu, as root; `make setup` calls it.
 #
 # Distribution packages through apt (no daemon is started), Rust as rust-toolchain.toml pins it, a new enough Go,
-# virtiofsd from crates.io, crictl, critest, nerdctl and two containerds from the Go modules under tests/tools.
+# virtiofsd through cargo, crictl, critest, nerdctl and two containerds from the Go modules under tests/tools.
 # What is built lands under $BULKHEAD_CACHE/tools/NAME-VERSION, with a link NAME beside it
 # and the programs themselves linked into tools/bin; a second run takes seconds.
 # `setup.sh kubernetes` adds a Kubernetes of one node and its end-to-end suite, which only `make cluster-up`, `make test-k8s`

@@ -217,7 +217,7 @@ mod tests {
 
     use super::*;
 
-    const SOON: Duration = Duration::from_secs(10);
+    const SOON: Duration = Duration::from_secs(30);
 
     /// The two ends of one TCP connection.
     async fn tcp() -> (TcpStream, TcpStream) {

@@ -13,6 +13,11 @@ use bulkhead_shim::namespace::{self, Access, Propagation, ShareRoot};
 use bulkhead_shim::storage::bind::{self, Bind};
 use bulkhead_shim::storage::plan::{Mount, plan_rootfs};
 use bulkhead_shim::storage::rootfs;
+use tokio::sync::RwLock;
+
+/// Written while a child is started, read while a file of an overlay is open: until it executes its program, the child has
+/// a copy of every open file, and one of an overlay's would keep that overlay in use.
+static STARTING: RwLock<()> = RwLock::const_new(());
 
 /// A pod's mount namespace with a virtiofsd in it.
 struct Bed {
@@ -41,7 +46,9 @@ impl Bed {
         command.arg("--shared-dir").arg(share.exported()).arg("--socket-path").arg(dir.path().join("socket"));
         command.args(["--sandbox=namespace", "--seccomp=kill", "--announce-submounts", "--inode-file-handles=never"]);
         command.stdin(Stdio::null()).stderr(Stdio::null()).process_group(0);
+        let starting = STARTING.write().await;
         let outer = host.run(move || Ok(command.spawn()?)).await.expect("virtiofsd starts");
+        drop(starting);
         let inner_pid = settled(outer.id()).expect("virtiofsd makes its namespaces");
         Some(Self { dir, host, share, outer, inner_pid })
     }
@@ -131,7 +138,9 @@ async fn a_container_restarted_a_hundred_times_leaves_no_mount_with_virtiofsd() 
         let round_s = |error| format!("round {round}: {error}");
         rootfs::attach(&bed.host, &bed.share, "web", &plan).await.map_err(round_s).expect("attaches");
         bind::attach(&bed.host, &bed.share, "web", &volumes).await.map_err(round_s).expect("attaches");
+        let nobody_starts = STARTING.read().await;
         let seen = fs::read_to_string(bed.inside("web/rootfs/file")).expect("virtiofsd sees the rootfs");
+        drop(nobody_starts);
         assert_eq!(seen, "of the image");
         for path in ["web/0/file", "web/1", "web/2"] {
             assert_eq!(fs::read_to_string(bed.inside(path)).expect(path), "of the volume");

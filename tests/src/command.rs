@@ -13,8 +13,8 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-/// How long a command may take unless its caller says otherwise.
-pub const COMMAND_DEADLINE: Duration = Duration::from_mins(1);
+/// How long a command may take unless its caller says otherwise: longer than crictl waits for an answer.
+pub const COMMAND_DEADLINE: Duration = Duration::from_mins(4);
 
 /// What a program left when it ended.
 #[derive(Debug)]
@@ -172,7 +172,7 @@ impl Run {
         }
         let stdout = collect(child.stdout.take().context("no pipe for stdout")?);
         let stderr = collect(child.stderr.take().context("no pipe for stderr")?);
-        Ok(Running { line, child, stdout, stderr, started, deadline: self.deadline, waited: false })
+        Ok(Running { line, child, seen: Vec::new(), stdout, stderr, started, deadline: self.deadline, waited: false })
     }
 }
 
@@ -181,6 +181,8 @@ impl Run {
 pub struct Running {
     line: String,
     child: Child,
+    /// What [`Running::expect`] has taken of stdout.
+    seen: Vec<u8>,
     stdout: mpsc::Receiver<Vec<u8>>,
     stderr: mpsc::Receiver<Vec<u8>>,
     started: Instant,
@@ -194,12 +196,27 @@ impl Running {
         self.child.id().cast_signed()
     }
 
+    /// Waits until it has written `needle` to stdout.
+    pub fn expect(&mut self, needle: &str, deadline: Duration) -> Result<()> {
+        let end = Instant::now() + deadline;
+        loop {
+            let said = String::from_utf8_lossy(&self.seen).into_owned();
+            if said.contains(needle) {
+                return Ok(());
+            }
+            let chunk = self.stdout.recv_timeout(end.saturating_duration_since(Instant::now()));
+            let chunk = chunk.with_context(|| format!("wait for {needle:?} of {}, which said {said:?}", self.line))?;
+            self.seen.extend(chunk);
+        }
+    }
+
     /// Waits for the end of the program and of its output.
     pub fn finish(mut self) -> Result<Output> {
         let end = self.started + self.deadline;
         let Some(status) = wait_until(&mut self.child, end)? else {
             self.kill();
-            let (stdout, stderr) = (gather(&self.stdout, grace()), gather(&self.stderr, grace()));
+            let stdout = gather(std::mem::take(&mut self.seen), &self.stdout, grace());
+            let stderr = gather(Vec::new(), &self.stderr, grace());
             bail!(
                 "still running after {:?}: {}\nstdout: {}\nstderr: {}",
                 self.deadline,
@@ -209,8 +226,8 @@ impl Running {
             );
         };
         self.waited = true;
-        let (stdout, stdout_ended) = gather(&self.stdout, end);
-        let (stderr, stderr_ended) = gather(&self.stderr, end);
+        let (stdout, stdout_ended) = gather(std::mem::take(&mut self.seen), &self.stdout, end);
+        let (stderr, stderr_ended) = gather(Vec::new(), &self.stderr, end);
         ensure!(
             stdout_ended && stderr_ended,
             "its output was still open {:?} after it ended: {}",
@@ -295,9 +312,8 @@ fn collect(mut pipe: impl Read + Send + 'static) -> mpsc::Receiver<Vec<u8>> {
     receiver
 }
 
-/// Everything received until the other side ended (true) or `end` came (false).
-fn gather(receiver: &mpsc::Receiver<Vec<u8>>, end: Instant) -> (Vec<u8>, bool) {
-    let mut all = Vec::new();
+/// `all`, and everything received until the other side ended (true) or `end` came (false).
+fn gather(mut all: Vec<u8>, receiver: &mpsc::Receiver<Vec<u8>>, end: Instant) -> (Vec<u8>, bool) {
     loop {
         match receiver.recv_timeout(end.saturating_duration_since(Instant::now())) {
             Ok(chunk) => all.extend(chunk),
@@ -348,6 +364,15 @@ mod tests {
             Run::new("/bin/sh").args(["-c", "cat; echo no >&2; exit 3"]).input("in").output().expect("it works");
         assert_eq!((output.code, output.text().as_str(), output.stderr.as_str()), (3, "in", "no\n"));
         assert!(output.exited(3).is_ok());
+    }
+
+    #[test]
+    fn what_was_waited_for_is_part_of_the_output() {
+        let run = Run::new("/bin/sh").args(["-c", "echo first; read line; echo last"]).input("\n");
+        let mut running = run.start().expect("it works");
+        running.expect("first", Duration::from_secs(5)).expect("it works");
+        running.expect("never said", Duration::from_millis(100)).expect_err("it fails");
+        assert_eq!(running.finish().expect("it works").text(), "first\nlast");
     }
 
     #[test]

@@ -12,6 +12,9 @@ use crate::containerd::CRI_NAMESPACE;
 use crate::image::BUSYBOX;
 use crate::pod::{Pod, namespace_mode, set};
 
+/// How long containerd may keep a log open after the end of its container.
+const LOG_CLOSES: Duration = Duration::from_secs(5);
+
 /// What a container is asked to be: CRI's `ContainerConfig` as JSON.
 #[derive(Debug, Clone)]
 pub struct ContainerSpec {
@@ -201,9 +204,9 @@ impl<'a> Container<'a> {
         Ok(self.status()?["state"].as_str().unwrap_or_default().to_owned())
     }
 
-    /// Waits until it has ended.
+    /// Waits until it has ended and its log is written.
     pub fn wait(&self, deadline: Duration) -> Result<Exit> {
-        wait_for(&format!("container {} to end", self.id), deadline, || {
+        let exit = wait_for(&format!("container {} to end", self.id), deadline, || {
             let status = self.status()?;
             ensure!(status["state"] == "CONTAINER_EXITED", "its state is {}", status["state"]);
             Ok(Exit {
@@ -212,7 +215,35 @@ impl<'a> Container<'a> {
                 reason: status["reason"].as_str().unwrap_or_default().to_owned(),
                 message: status["message"].as_str().unwrap_or_default().to_owned(),
             })
+        })?;
+        self.wait_for_closed_log();
+        Ok(exit)
+    }
+
+    /// Waits until it has ended, killed for its memory.
+    pub fn wait_for_oom_kill(&self, deadline: Duration) -> Result<()> {
+        let exit = self.wait(deadline)?;
+        ensure!(exit.code == 137, "exit {exit:?}");
+        // containerd hears of the end and of its reason by two events, and may tell the end first.
+        wait_for("the reason of the end", deadline, || {
+            let status = self.status()?;
+            ensure!(status["reason"] == "OOMKilled", "its status is {status}");
+            Ok(())
         })
+    }
+
+    /// Waits a while for containerd to close the log: it tells the end when it may still have lines to write.
+    fn wait_for_closed_log(&self) {
+        let Some(daemon_pid) = self.pod.node.daemon_pid() else { return };
+        let is_open = || {
+            let files = fs::read_dir(format!("/proc/{daemon_pid}/fd")).into_iter().flatten().flatten();
+            files.filter_map(|file| fs::read_link(file.path()).ok()).any(|target| target == self.log_path)
+        };
+        // A log that stays open is no failure by itself: who misses lines in it tells so.
+        let _ = wait_for("the log to be closed", LOG_CLOSES, || {
+            ensure!(!is_open(), "it is open");
+            Ok(())
+        });
     }
 
     /// `crictl stats`, as JSON: the entry of this container.

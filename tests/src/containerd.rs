@@ -230,7 +230,7 @@ impl Node {
 
     /// A `crictl` command on this node.
     pub fn crictl(&self, args: &[&str]) -> Run {
-        let mut run = Run::new(&self.crictl).args(["--timeout", "60s"]).args(args);
+        let mut run = Run::new(&self.crictl).args(["--timeout", "180s"]).args(args);
         for (key, value) in self.crictl_environment() {
             run = run.env(key, value);
         }

@@ -5,7 +5,6 @@ use std::fs;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -193,7 +192,7 @@ impl Pod {
     }
 
     fn force(&self) -> Result<Output> {
-        self.node.crictl(&["rmp", "-f", &self.id]).deadline(Duration::from_mins(1)).success()
+        self.node.crictl(&["rmp", "-f", &self.id]).success()
     }
 
     /// Fails unless a pod's record is gone.

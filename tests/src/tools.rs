@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 /// A release line of containerd that the tests run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Version {
-    /// Debian 12's own.
+    /// The distribution's own, which is 1.6 on Debian 12.
     V1_6,
     /// The last 1.x line.
     V1_7,

@@ -55,26 +55,36 @@ fn wait_not_ready(pod: &Pod, deadline: Duration) -> Result<()> {
     })
 }
 
+/// Waits for a line of the node's log since `position` of which `tells` is true, and returns it.
+fn wait_for_line(pod: &Pod, position: u64, tells: impl Fn(&str) -> bool) -> Result<String> {
+    wait_for("the log to tell", SOON, || {
+        let log = pod.node.log_since(position, 1000);
+        let line = log.lines().find(|line| tells(line)).map(str::to_owned);
+        line.with_context(|| format!("the log does not tell: {log}"))
+    })
+}
+
 fn qemu_killed(context: &Context) -> Result<()> {
     let pod = context.start(PodSpec::new())?;
     let (first, second) = (pod.run(ContainerSpec::idle())?, pod.run(ContainerSpec::idle())?);
+    // To find it takes a while on a machine with many processes.
+    let qemu = faults::find(&pod.node, &pod.id, Part::Qemu)?;
     let (position, killed) = (pod.node.log_position(), SystemTime::now());
-    faults::kill(&pod.node, &pod.id, Part::Qemu)?;
+    qemu.signal(Signal::SIGKILL)?;
     for container in [&first, &second] {
         let exit = container.wait(SOON)?;
         ensure!(exit.code == 137, "exit {exit:?}");
     }
     wait_not_ready(&pod, SOON)?;
     // How long it took until containerd was told is in the log: a question by crictl may take as long on a slow machine.
-    let log = pod.node.log_since(position, 1000);
     for id in [&pod.id, &first.id, &second.id] {
         // A sandbox of the sandbox API has no process.
         let is_exit = |line: &str| {
             ["process exited", "sandbox ended"].iter().any(|what| line.contains(&format!("msg=\"{what}\"")))
         };
-        let told = log.lines().find(|line| is_exit(line) && line.contains(&format!("={id} ")));
-        let told = told.with_context(|| format!("the log does not tell of the exit of {id}: {log}"))?;
-        let took = seconds_of_day_in(told)? - killed.duration_since(UNIX_EPOCH)?.as_secs_f64() % DAY_SECONDS;
+        let told = wait_for_line(&pod, position, |line| is_exit(line) && line.contains(&format!("={id} ")));
+        let told = told.with_context(|| format!("the exit of {id}"))?;
+        let took = seconds_of_day_in(&told)? - killed.duration_since(UNIX_EPOCH)?.as_secs_f64() % DAY_SECONDS;
         ensure!(took.rem_euclid(DAY_SECONDS) < 2.0, "it took {took} s until the exit of {id} was told");
     }
     let said = first.exec(&["true"])?.failure()?;
@@ -97,8 +107,9 @@ fn seconds_of_day_in(line: &str) -> Result<f64> {
 fn qemu_killed_under_exec(context: &Context) -> Result<()> {
     let pod = context.start(PodSpec::new())?;
     let container = pod.run(ContainerSpec::idle())?;
-    let running = container.exec_streamed_command(&["sh", "-c", "echo ready; sleep 1000"], "").start()?;
-    wait_for("the exec to run", SOON, || container.exec(&["pidof", "sleep"])?.success())?;
+    let exec = container.exec_streamed_command(&["sh", "-c", "touch /tmp/runs; sleep 1000"], "");
+    let running = exec.deadline(Duration::from_mins(1)).start()?;
+    wait_for("the exec to run", SOON, || container.exec(&["test", "-e", "/tmp/runs"])?.success())?;
     faults::kill(&pod.node, &pod.id, Part::Qemu)?;
     let output = running.finish()?;
     ensure!(output.code != 0, "the exec succeeded: {}", output.describe());
@@ -136,20 +147,18 @@ fn helper_killed(context: &Context, part: Part, name: &str) -> Result<()> {
     let exit = container.wait(SOON)?;
     ensure!(exit.code == 137, "exit {exit:?}");
     wait_not_ready(&pod, SOON)?;
-    let log = pod.node.log_since(position, 1000);
-    ensure!(
-        log.lines().any(|line| line.contains("level=error") && line.contains(name)),
-        "the log does not tell: {log}"
-    );
+    wait_for_line(&pod, position, |line| line.contains("level=error") && line.contains(name))?;
     pod.remove_by_force()
 }
 
 fn containerd_killed(context: &Context) -> Result<()> {
     let pod = context.start(PodSpec::new())?;
     let container = pod.run(ContainerSpec::script("n=0; while :; do echo tick $n; n=$((n+1)); sleep 0.2; done"))?;
-    container.wait_for_log("tick 3", SOON)?;
     let pid = |part| faults::find(&pod.node, &pod.id, part).map(|process: Process| process.pid);
     let before = pid(Part::Shim)?;
+    // What containerd has taken and not yet written is lost with it: it is killed right behind a line.
+    let line = container.log_text("stdout")?.lines().count() + 3;
+    container.wait_for_log(&format!("tick {line}"), SOON)?;
     pod.node.kill_daemon()?;
     pause(Duration::from_secs(1));
     pod.node.start_daemon()?;
@@ -211,11 +220,7 @@ fn guest_hangs(context: &Context) -> Result<()> {
     let exit = container.wait(Duration::from_mins(1))?;
     ensure!(exit.code == 137, "exit {exit:?}");
     wait_not_ready(&pod, SOON)?;
-    let log = pod.node.log_since(position, 1000);
-    ensure!(
-        log.lines().any(|line| line.contains("level=error") && line.contains("no heartbeat")),
-        "the log does not tell: {log}"
-    );
+    wait_for_line(&pod, position, |line| line.contains("level=error") && line.contains("no heartbeat"))?;
     pod.remove_by_force()
 }
 
@@ -225,20 +230,22 @@ fn guest_panics(context: &Context) -> Result<()> {
     let container = pod.run(spec)?;
     let position = pod.node.log_position();
     // The exec ends with the guest, in whatever way.
-    container.exec_command(&["sh", "-c", "echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger"]).output()?;
+    let script = "echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger";
+    container.exec_command(&["sh", "-c", script]).deadline(Duration::from_mins(1)).output()?;
     let exit = container.wait(SOON)?;
     ensure!(exit.code == 137, "exit {exit:?}");
     wait_not_ready(&pod, SOON)?;
-    let log = pod.node.log_since(position, 1000);
-    ensure!(log.contains("Kernel panic"), "the log does not hold the console: {log}");
+    wait_for_line(&pod, position, |line| line.contains("Kernel panic")).context("the console")?;
     pod.remove_by_force()
 }
 
 fn qemu_killed_during_stop(context: &Context) -> Result<()> {
     let pod = context.start(PodSpec::new())?;
-    let container = pod.run(ContainerSpec::script("trap '' TERM; while :; do sleep 1; done"))?;
+    let script = "trap 'echo asked' TERM; echo ready; while :; do sleep 1; done";
+    let container = pod.run(ContainerSpec::script(script))?;
+    container.wait_for_log("ready", SOON)?;
     let stopping = container.crictl(&["stop", "--timeout", "20", &container.id]).start()?;
-    pause(Duration::from_millis(500));
+    container.wait_for_log("asked", SOON)?;
     faults::kill(&pod.node, &pod.id, Part::Qemu)?;
     let took = stopping.finish()?.success()?.elapsed;
     ensure!(took < Duration::from_secs(10), "the stop took {took:?}");

@@ -73,7 +73,7 @@ fn terminal(context: &Context) -> Result<()> {
     let script = "until stty size 2>/dev/null | grep '31 97'; do :; done; read line; echo got $line; exit 5";
     let run = nerdctl(context)?.run(&["--rm", "-it"], &["sh", "-c", script]);
     let mut terminal = Terminal::of(&run, 31, 97)?;
-    terminal.expect("31 97", SOON)?;
+    terminal.expect("31 97", Duration::from_mins(1))?;
     terminal.send("key\n")?;
     terminal.expect("got key", SOON)?;
     let code = terminal.wait(SOON)?;

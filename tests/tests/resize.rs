@@ -223,10 +223,7 @@ fn below_usage(context: &Context, pod: &Pod) -> Result<()> {
     let v2 = context.runtime.is_bulkhead() || Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
     let memory = Resources { memory_limit_in_bytes: 16 * MIB, ..Resources::default() };
     match update_container_resources(&container, memory) {
-        Ok(()) if v2 => {
-            let exit = container.wait(SOON)?;
-            ensure!(exit.code == 137 && exit.reason == "OOMKilled", "exit {exit:?}");
-        }
+        Ok(()) if v2 => container.wait_for_oom_kill(SOON)?,
         Err(_) if !v2 => ensure!(number(&read(&container, MEMORY)?)? == Some(128 * MIB), "the limit has changed"),
         other => bail!("the update came to {other:?}"),
     }

@@ -43,6 +43,17 @@ fn sockets(pod: &Pod) -> Result<usize> {
     Ok(count)
 }
 
+/// [`sockets`] when none is just being closed: twice the same, a while apart.
+fn sockets_at_rest(pod: &Pod) -> Result<usize> {
+    wait_for("the shim's sockets to stay as they are", SOON, || {
+        let before = sockets(pod)?;
+        pause(Duration::from_millis(300));
+        let count = sockets(pod)?;
+        ensure!(count == before, "the shim has {count} sockets, {before} before");
+        Ok(count)
+    })
+}
+
 fn wait_for_sockets(pod: &Pod, expected: usize) -> Result<()> {
     wait_for("the shim's sockets to be closed", SOON, || {
         let count = sockets(pod)?;
@@ -54,7 +65,7 @@ fn wait_for_sockets(pod: &Pod, expected: usize) -> Result<()> {
 fn streams_of_shim(_: &Context, pod: &Pod) -> Result<()> {
     // The first container brings what stays: containerd's connection for its calls.
     pod.run(ContainerSpec::idle())?.remove_by_force()?;
-    let before = sockets(pod)?;
+    let before = sockets_at_rest(pod)?;
     let container = pod.run(ContainerSpec::idle().stdin())?;
     // Each of the three streams is a connection of containerd's, and one of the guest's unless those come by AF_VSOCK.
     ensure!(sockets(pod)? >= before + 3, "{} sockets with a container, {before} before", sockets(pod)?);
@@ -79,7 +90,7 @@ fn late_start(_: &Context, pod: &Pod) -> Result<()> {
 
 fn never_started(_: &Context, pod: &Pod) -> Result<()> {
     pod.run(ContainerSpec::idle())?.remove_by_force()?;
-    let before = sockets(pod)?;
+    let before = sockets_at_rest(pod)?;
     let container = pod.create(ContainerSpec::idle().stdin())?;
     ensure!(sockets(pod)? == before + 3, "{} sockets with a container, {before} before", sockets(pod)?);
     container.remove()?;
@@ -157,14 +168,17 @@ fn attached_after_restart(context: &Context) -> Result<()> {
 
 fn exit_while_down(context: &Context) -> Result<()> {
     let pod = context.start(PodSpec::new())?;
-    let container = pod.run(ContainerSpec::script("echo first; sleep 3; echo last; echo bad >&2; exit 5"))?;
+    let container = pod.create(ContainerSpec::script("echo first; sleep 6; echo last; echo bad >&2; exit 5"))?;
     // Three megabytes, which is more than all buffers on the way hold.
     let lines = 30_000;
     let rest = "-".repeat(90);
-    let script = format!("sleep 3; n=0; while [ $n -lt {lines} ]; do echo line $n {rest}; n=$((n+1)); done; exit 6");
-    let talker = pod.run(ContainerSpec::script(&script))?;
+    let script = format!("sleep 6; n=0; while [ $n -lt {lines} ]; do echo line $n {rest}; n=$((n+1)); done; exit 6");
+    let talker = pod.create(ContainerSpec::script(&script))?;
+    // One right behind the other: containerd has to be gone before the second talks and the first ends.
+    container.start()?;
+    talker.start()?;
     container.wait_for_log("first", SOON)?;
-    restart(&pod, Duration::from_secs(6))?;
+    restart(&pod, Duration::from_secs(9))?;
     let (exit, log) = container.finish(SOON)?;
     ensure!(exit.code == 5, "exit {exit:?}");
     ensure!(text_of(&log, "stdout") == "first\nlast" && text_of(&log, "stderr") == "bad", "the log is {log:?}");

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use bulkhead_tests::command::{pause, wait_for};
+use bulkhead_tests::command::wait_for;
 use bulkhead_tests::container::{ContainerSpec, exec_result, text_of};
 use bulkhead_tests::image::hex;
 use bulkhead_tests::pod::{Pod, PodSpec};
@@ -180,8 +180,12 @@ fn background_child(_: &Context, pod: &Pod) -> Result<()> {
     let output =
         container.exec_streamed(&["sh", "-c", "sleep 100 >/dev/null 2>&1 </dev/null & echo started"], "")?.success()?;
     ensure!(output.text() == "started" && output.elapsed < Duration::from_secs(5), "{:?}", output.elapsed);
-    let processes = container.shell("ps -o args")?;
-    ensure!(processes.matches("sleep 100\n").count() == 2, "the children are gone: {processes}");
+    // Until it runs its program, a child has its parent's arguments.
+    wait_for("both children to run", SOON, || {
+        let processes = container.shell("ps -o args")?;
+        ensure!(processes.matches("sleep 100\n").count() == 2, "the children are gone: {processes}");
+        Ok(())
+    })?;
     container.remove_by_force()
 }
 
@@ -247,28 +251,30 @@ fn attach(_: &Context, pod: &Pod) -> Result<()> {
     let container = pod.run(spec)?;
     let mut terminal = Terminal::behind_pipe(&container.crictl(&["attach", "-i", &container.id]))?;
     let mut number = 0;
-    // CRI attaches stdin before stdout, so the first answers may be missed: it is told again and again.
+    // CRI attaches stdin before stdout, so the first answers may be missed: it is told again and again. Whichever answer
+    // comes will do, since one may take longer than a try.
     wait_for("an answer", SOON, || {
         number += 1;
         terminal.send(&format!("line {number}\n"))?;
-        terminal.expect(&format!("got line {number}"), Duration::from_millis(500))?;
-        terminal.expect(&format!("err line {number}"), Duration::from_millis(500))
+        terminal.expect("got line ", Duration::from_millis(500))?;
+        terminal.expect("err line ", Duration::from_millis(500))
     })?;
     drop(terminal);
     // Detaching is not an end of input unless that was asked for.
     ensure!(container.state()? == "CONTAINER_RUNNING", "the program ended with its client");
-    ensure!(container.log_text("stdout")?.contains("got line 1"), "the log has no answer");
+    container.wait_for_log("got line 1", SOON)?;
     container.remove_by_force()
 }
 
 fn container_terminal(_: &Context, pod: &Pod) -> Result<()> {
-    let script = "tty; stty size; read line; echo \"got $line\"; stty size; exit 2";
+    // The size is told a moment after the terminal is attached.
+    let script = "tty; until stty size | grep '35 95'; do sleep 0.1; done; read line; echo \"got $line\"; exit 2";
     let container = pod.run(ContainerSpec::script(script).terminal())?;
     container.wait_for_log("/dev/pts/", SOON)?;
     let run = container.crictl(&["attach", "-i", "-t", &container.id]);
     let mut terminal = Terminal::of(&run, 35, 95)?;
+    container.wait_for_log("35 95", SOON)?;
     // The answer can come before the output is attached; the log has it anyway.
-    pause(Duration::from_millis(500));
     terminal.send("hello\n")?;
     let exit = container.wait(SOON)?;
     ensure!(exit.code == 2, "exit {exit:?}");
@@ -278,17 +284,20 @@ fn container_terminal(_: &Context, pod: &Pod) -> Result<()> {
 }
 
 fn attach_twice(_: &Context, pod: &Pod) -> Result<()> {
-    let container = pod.run(ContainerSpec::script("read line; echo \"got $line\"; sleep 1").stdin())?;
-    let watching: Vec<_> =
+    let script = "until read -t 1 line; do echo waiting; done; echo \"got $line\"; sleep 1";
+    let container = pod.run(ContainerSpec::script(script).stdin())?;
+    let mut watching: Vec<_> =
         (0..2).map(|_| container.crictl(&["attach", &container.id]).start()).collect::<Result<_>>()?;
-    // A client says nothing when it is attached; this is longer than it takes.
-    pause(Duration::from_secs(1));
+    // A client says nothing itself when it is attached.
+    for watcher in &mut watching {
+        watcher.expect("waiting", SOON)?;
+    }
     let typing = container.attach("hello\n")?;
     let exit = container.wait(SOON)?;
     ensure!(exit.code == 0, "exit {exit:?}");
     for watcher in watching {
         let output = watcher.finish()?;
-        ensure!(output.text() == "got hello", "one of them saw {}", output.describe());
+        ensure!(output.text().replace("waiting\n", "") == "got hello", "one of them saw {}", output.describe());
     }
     typing.finish()?;
     container.remove()

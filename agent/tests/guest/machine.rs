@@ -222,14 +222,26 @@ impl Drop for Machine {
     }
 }
 
+/// Waits until a helper listens at `path`. The file is there before that, and a dial is refused as long.
 async fn wait_for(path: &Path) {
-    for _ in 0..500 {
-        if path.exists() {
-            return;
+    let listening = async {
+        while !is_listening(path) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
         }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    panic!("{} did not appear", path.display());
+    };
+    let done = tokio::time::timeout(DEADLINE, listening).await;
+    assert!(done.is_ok(), "nobody listens at {}", path.display());
+}
+
+/// Whether a socket that takes connections is bound to `path`, as proc_pid_net(5) tells.
+fn is_listening(path: &Path) -> bool {
+    // The names of others need not be text.
+    let sockets = std::fs::read("/proc/net/unix").expect("sockets");
+    String::from_utf8_lossy(&sockets).lines().any(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        // The flag is the kernel's __SO_ACCEPTCON.
+        matches!(fields[..], [_, _, _, "00010000", _, _, _, bound] if Path::new(bound) == path)
+    })
 }
 
 /// Says hello on a control connection and follows its events.

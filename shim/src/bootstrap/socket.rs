@@ -122,6 +122,16 @@ fn lock(dir: &Path) -> anyhow::Result<impl AsFd> {
     }
 }
 
+/// Leaves a socket at `path` that nobody serves.
+///
+/// It never listened: a child that another test is starting has a copy of every listener, also of one that was dropped,
+/// and so answers for it until it executes its program.
+#[cfg(test)]
+pub(crate) fn bind_dead(path: &Path) {
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).expect("opens");
+    rustix::net::bind(&socket, &SocketAddrUnix::new(path).expect("fits")).expect("binds");
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -158,7 +168,12 @@ mod tests {
         assert!(answers(&path).expect("asks"));
         assert!(matches!(claim(&path).expect("claims"), Claim::Taken));
         drop(first);
-        assert!(!answers(&path).expect("asks"), "the file is still there, the server is not");
+        // A child that another test is starting has a copy of the listener until it executes its program.
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while answers(&path).expect("asks") {
+            assert!(Instant::now() < deadline, "the file is still there, the server is not");
+            thread::yield_now();
+        }
         assert!(matches!(claim(&path).expect("claims"), Claim::Ours(_)));
     }
 
@@ -166,7 +181,7 @@ mod tests {
     fn of_many_that_claim_a_dead_socket_at_once_one_wins() {
         let dir = tempfile::tempdir().expect("makes a directory");
         let path = dir.path().join("sock");
-        drop(claim(&path).expect("claims"));
+        bind_dead(&path);
         let barrier = std::sync::Barrier::new(8);
         let claims: Vec<_> = thread::scope(|scope| {
             let threads: Vec<_> = (0..8)

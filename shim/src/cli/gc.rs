@@ -139,7 +139,7 @@ mod tests {
         let (dir, bundle) = (root.join(format!("state/{id}-123456")), root.join(id));
         fs::create_dir_all(&bundle).expect("mkdir");
         let socket = root.join(format!("{id}.sock"));
-        drop(UnixListener::bind(&socket).expect("binds"));
+        socket::bind_dead(&socket);
         paths::write_address(&bundle, &format!("unix://{}", socket.display())).expect("writes");
         let state = State::new(id, "k8s.io", &bundle, None).expect("a state");
         let shim = shim.unwrap_or(state.shim);

@@ -419,7 +419,8 @@ mod tests {
     async fn a_file_travels_with_its_command() {
         let (ours, theirs) = UnixStream::pair().expect("socket pair");
         theirs.try_write(GREETING.as_bytes()).expect("writes");
-        let (reader, writer) = rustix::pipe::pipe().expect("pipe");
+        // Whatever a child of another test keeps open of it would keep the pipe from ending.
+        let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).expect("pipe");
         let client = async {
             let qmp = Qmp::connect(ours).await.expect("connects");
             qmp.execute_with_file(AddFd { opaque: "disk".into() }, writer).await.expect("is answered")
@@ -433,8 +434,8 @@ mod tests {
                         let mut buffer = [0; 1024];
                         let mut space = nix::cmsg_space!([i32; 1]);
                         let mut slices = [io::IoSliceMut::new(&mut buffer)];
-                        let message =
-                            recvmsg::<()>(theirs.as_raw_fd(), &mut slices, Some(&mut space), MsgFlags::empty())?;
+                        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+                        let message = recvmsg::<()>(theirs.as_raw_fd(), &mut slices, Some(&mut space), flags)?;
                         for control in message.cmsgs()? {
                             if let ControlMessageOwned::ScmRights(files) = control {
                                 received.extend(files);

@@ -56,7 +56,10 @@ impl Bench {
         // `make` puts both below one directory.
         let helper = assets.join("../release/bulkhead-vsock");
         if helper.exists() {
-            fs::copy(helper, directory.path().join("bulkhead-vsock")).expect("copies");
+            // By a child: what this process writes cannot be executed while a child that another test is starting has a
+            // copy of the file that was open for writing.
+            let copied = Command::new("cp").arg("-p").arg(helper).arg(directory.path().join("bulkhead-vsock")).status();
+            assert!(copied.expect("cp runs").success(), "the helper is not copied");
         }
         let host = HostThread::start(|| Ok(())).expect("host thread");
         let accel = accel::detect(config::Accel::Auto).expect("auto never fails").accel;

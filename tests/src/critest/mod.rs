@@ -82,7 +82,7 @@ fn remove_pods(node: &Node) -> Result<()> {
         }
     }
     // What cannot be removed shows in the leak check.
-    node.crictl(&["rmp", "-f", "-a"]).deadline(Duration::from_mins(2)).output()?;
+    node.crictl(&["rmp", "-f", "-a"]).output()?;
     Ok(())
 }
 

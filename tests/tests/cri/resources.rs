@@ -63,8 +63,9 @@ pub fn pod_statistics(_: &Context, pod: &Pod) -> Result<()> {
 
 pub fn oom(_: &Context, pod: &Pod) -> Result<()> {
     // `tail` keeps what it reads until a line ends, and /dev/zero has no line.
-    let (exit, _) = pod.run(ContainerSpec::new(&["tail", "/dev/zero"]).memory(24))?.finish(Duration::from_mins(1))?;
-    ensure!(exit.code == 137 && exit.reason == "OOMKilled", "exit {exit:?}");
+    let container = pod.run(ContainerSpec::new(&["tail", "/dev/zero"]).memory(24))?;
+    container.wait_for_oom_kill(Duration::from_mins(1))?;
+    container.remove()?;
     // The rest of the pod is none the worse.
     ensure!(outcome(pod, ContainerSpec::script("echo well"))? == "well");
     Ok(())
