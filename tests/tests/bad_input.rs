@@ -93,7 +93,7 @@ fn no_kvm(context: &Context) -> Result<()> {
     refused(
         context,
         &Bulkhead { accel: Some("kvm".into()), ..Bulkhead::default() },
-        &["qemu.accel = \"kvm\"", "accepted here are"],
+        &["qemu.accel = ", "kvm", "accepted here are"],
     )
 }
 
