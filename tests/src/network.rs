@@ -23,18 +23,27 @@ pub struct Network {
     leases: PathBuf,
 }
 
+/// A number that no address or route of the machine has behind `start`.
+///
+/// The process id spreads what is started side by side: a number is in use only once there is a link with it.
+pub fn free_subnet(start: [u8; 2]) -> Result<u8> {
+    let [first, second] = start;
+    let addresses = Run::new("/sbin/ip").args(["-o", "-4", "addr"]).success()?.text();
+    let routes = Run::new("/sbin/ip").args(["-4", "route"]).success()?.text();
+    let seed = std::process::id();
+    let mut numbers = (0..200).map(|step| 20 + seed.wrapping_add(step) % 200);
+    let subnet = numbers.find(|subnet| {
+        let prefix = format!("{first}.{second}.{subnet}.");
+        !addresses.contains(&prefix) && !routes.contains(&prefix)
+    });
+    let subnet = subnet.and_then(|subnet| u8::try_from(subnet).ok());
+    subnet.with_context(|| format!("no free subnet in {first}.{second}.0.0/16"))
+}
+
 impl Network {
     /// Writes the configuration of a network `name` (at most 15 bytes) into `directory`.
     pub fn configure(name: &str, directory: &Path) -> Result<Self> {
-        let addresses = Run::new("/sbin/ip").args(["-o", "-4", "addr"]).success()?.text();
-        let routes = Run::new("/sbin/ip").args(["-4", "route"]).success()?.text();
-        let seed = u8::try_from(std::process::id() % 200).unwrap_or(0);
-        // The process id spreads tests that run side by side; what is in use is left out.
-        let subnet = (0..200).map(|step| 20 + (seed + step) % 200).find(|subnet| {
-            let prefix = format!("10.87.{subnet}.");
-            !addresses.contains(&prefix) && !routes.contains(&prefix)
-        });
-        let subnet = subnet.context("no free subnet in 10.87.0.0/16")?;
+        let subnet = free_subnet([10, 87])?;
         let network = Self { name: name.to_owned(), subnet, leases: directory.join("leases") };
         let conf = directory.join("conf");
         fs::create_dir_all(&conf).with_context(|| format!("make {}", conf.display()))?;

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::command::Run;
+use crate::network::free_subnet;
 
 /// Addresses of pods, IPv4 and IPv6.
 pub const POD_RANGES: [&str; 2] = ["10.244.0.0/16", "fd44::/64"];
@@ -35,12 +36,7 @@ pub struct Link {
 impl Link {
     /// Picks a subnet that is free. The link itself is made by [`Self::connect`].
     pub fn choose(name: &str) -> Result<Self> {
-        let addresses = Run::new("/sbin/ip").args(["-o", "-4", "addr"]).success()?.text();
-        // The process id spreads nodes that start side by side: what is chosen is in use only once there is a node to connect.
-        let seed = std::process::id().to_le_bytes()[0];
-        let mut subnets = (0..=255_u8).map(|step| seed.wrapping_add(step));
-        let subnet = subnets.find(|subnet| !addresses.contains(&format!(" 10.213.{subnet}.")));
-        Ok(Self { name: name.to_owned(), subnet: subnet.context("no free subnet in 10.213.0.0/16")? })
+        Ok(Self { name: name.to_owned(), subnet: free_subnet([10, 213])? })
     }
 
     /// The node's address, IPv4.
